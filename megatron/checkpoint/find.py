@@ -1,0 +1,129 @@
+"""Which checkpoint lies in a directory: format by content, the tracker file as a hint and never as the truth."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron.checkpoint.commit import set_aside
+from megatron.errors import CheckpointError
+from megatron.logs import get_logger
+
+NATIVE: Literal["native"] = "native"
+MEGATRON: Literal["megatron"] = "megatron"
+
+FACTS = "facts.json"
+TENSORS = "tensors"
+INDEX = f"{TENSORS}/.metadata"
+LEGACY_FILE = "model_optim_rng.pt"
+RANK_DIRECTORY = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(_\d{3,})?")
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+
+_ITERATION = re.compile(r"iter_(\d{7,})")
+_log = get_logger(__name__)
+
+Format = Literal["native", "megatron"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint on disk. `iteration` is 0 for a release, which has no training history."""
+
+    directory: Path
+    iteration: int
+    format: Format
+    release: bool = False
+
+
+def iteration_name(iteration: int) -> str:
+    """The directory of an iteration, as Megatron-LM names it."""
+    return f"iter_{iteration:07d}"
+
+
+def format_of(directory: Path) -> Format | None:
+    """The format of a complete checkpoint in `directory`, told by its files; None if there is none."""
+    if (directory / FACTS).is_file() and (directory / INDEX).is_file():
+        return NATIVE
+    if directory.is_dir() and any(directory.glob(f"mp_rank_*/{LEGACY_FILE}")):
+        return MEGATRON
+    return None
+
+
+def recognise(root: Path, iteration: int | None = None) -> Found:
+    """The checkpoint to load from `root`: a directory of checkpoints, or one checkpoint itself.
+
+    Without `iteration` the tracker decides; where it is missing or names nothing, the newest complete iteration
+    does, and a warning says so.
+
+    Raises:
+        CheckpointError: there is no such checkpoint; the message says what was looked for.
+    """
+    found = recognise_if_any(root, iteration)
+    if found is None:
+        state = "is no directory" if not root.is_dir() else f"holds no {TRACKER} and no checkpoint iter_*"
+        raise CheckpointError(f"no checkpoint in {root}: it {state}. Give --load the directory that --save had")
+    return found
+
+
+def recognise_if_any(root: Path, iteration: int | None = None) -> Found | None:
+    """As `recognise`, but None where `root` holds no checkpoint at all and none was asked for by number."""
+    if kind := format_of(root):
+        return _itself(root, kind, iteration)
+    by_iteration = _iterations(root)
+    if iteration is not None:
+        if iteration not in by_iteration:
+            there = ", ".join(map(str, sorted(by_iteration))) or "none"
+            raise CheckpointError(
+                f"{root / iteration_name(iteration)} holds no complete checkpoint. Iterations there: {there}"
+            )
+        return by_iteration[iteration]
+    release = root / RELEASE
+    tracked = _tracked(root)
+    if tracked == RELEASE and (kind := format_of(release)):
+        return Found(release, 0, kind, release=True)
+    if tracked in by_iteration:
+        return by_iteration[tracked]
+    if by_iteration:
+        newest = by_iteration[max(by_iteration)]
+        said = "is missing" if tracked is None else f"says {tracked!r}, which is not there"
+        _log.warning("%s %s: taking the newest complete iteration, %d.", root / TRACKER, said, newest.iteration)
+        return newest
+    if kind := format_of(release):
+        return Found(release, 0, kind, release=True)
+    if tracked is not None:
+        raise CheckpointError(f"{root / TRACKER} says {tracked!r}, but {root} holds no complete checkpoint")
+    return None
+
+
+def _iterations(root: Path) -> dict[int, Found]:
+    """Every complete checkpoint by iteration; one that a crash left moved aside counts where nothing replaced it."""
+    found: dict[int, Found] = {}
+    if not root.is_dir():
+        return found
+    for directory in sorted(root.iterdir()):
+        aside = set_aside(directory)
+        match = _ITERATION.fullmatch(aside or directory.name)
+        if match and (kind := format_of(directory)):
+            iteration = int(match[1])
+            if aside is None or iteration not in found:
+                found[iteration] = Found(directory, iteration, kind)
+    return found
+
+
+def _tracked(root: Path) -> int | str | None:
+    """What the tracker says: an iteration, "release" or anything else it holds; None if there is no tracker."""
+    try:
+        text = (root / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else text
+
+
+def _itself(directory: Path, kind: Format, wanted: int | None) -> Found:
+    """`directory` is a checkpoint; its number comes from its name, 0 if that tells none."""
+    match = _ITERATION.fullmatch(set_aside(directory) or directory.resolve().name)
+    iteration = int(match[1]) if match else 0
+    if wanted is not None and wanted != iteration:
+        raise CheckpointError(f"{directory} is iteration {iteration}, not {wanted}: give --load its parent directory")
+    return Found(directory, iteration, kind, release=directory.resolve().name == RELEASE)

@@ -1,0 +1,109 @@
+"""Names and cuts of Megatron's tensors: how a file's dotted names become ours, and along which dimension they join.
+
+Pure functions on names; layers are local to a stage in a file, from 0 and global in ours.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+TIED_COPY = "word_embeddings_for_head.weight"
+
+_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)")
+_IN_LAYER = {
+    "input_norm": "input_norm",
+    "self_attention.query_key_value": "attention.qkv",
+    "self_attention.dense": "attention.proj",
+    "post_attention_norm": "mlp_norm",
+    "mlp.dense_h_to_4h": "mlp.up",
+    "mlp.dense_4h_to_h": "mlp.down",
+}
+_OF_TRUNK = {f"mlp.trunk.{name}": f"mlp.{name}" for name in ("dense_h_to_4h", "dense_4h_to_h")}
+_OF_EXIT = {
+    "exit_norm": "norm",
+    "mlp.branch.dense_h_to_4h": "branch.up",
+    "mlp.branch.dense_4h_to_h": "branch.down",
+    **{f"exit_block.{theirs}": f"block.{ours}" for theirs, ours in _IN_LAYER.items()},
+}
+_TOP = {
+    "embedding.word_embeddings": "embedding.word",
+    "embedding.position_embeddings": "embedding.position",
+    "encoder.final_norm": "final_norm",
+    "output_layer": "output",
+}
+_HEAD = re.compile(r"exit_output_layer\.(\d+)\.weight")
+
+
+def flatten(model: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Nested dictionaries of a rank's `model` as one: dotted names in today's spelling, in the file's order."""
+    flat: dict[str, Tensor] = {}
+    for key, value in model.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{name}.")
+        elif isinstance(value, Tensor):
+            flat[_today(name)] = value.detach()
+    return flat
+
+
+def _today(name: str) -> str:
+    """Undo the renamings of the format's history."""
+    name = re.sub(r"^transformer\.", "encoder.", name.removeprefix("language_model."))
+    if name.startswith("encoder."):
+        name = name.replace("layernorm", "norm").replace(".attention.", ".self_attention.")
+    return name
+
+
+def layer_numbers(flat: Mapping[str, Tensor]) -> set[int]:
+    """The local numbers of the layers a stage holds."""
+    return {int(match[1]) for name in flat if (match := _LAYER.match(name))}
+
+
+def native_name(legacy: str, first_layer: int, exits: tuple[int, ...]) -> str | None:
+    """Our name of a tensor in a stage that starts at `first_layer` (from 0) and has `exits` (numbers from 1).
+
+    None if no GPT of ours has such a tensor. Untied heads are numbered within their stage, in the order of `exits`.
+    """
+    path, _, kind = legacy.rpartition(".")
+    if path in _TOP:
+        return f"{_TOP[path]}.{kind}"
+    if (head := _HEAD.fullmatch(legacy)) and int(head[1]) < len(exits):
+        return f"exits.{exits[int(head[1])]}.output.weight"
+    if match := _LAYER.fullmatch(path):
+        layer, inner = first_layer + int(match[1]), match[2]
+        if inner in _OF_EXIT:
+            return f"exits.{layer + 1}.{_OF_EXIT[inner]}.{kind}"
+        inner = _OF_TRUNK.get(inner, inner)
+        if inner in _IN_LAYER:
+            return f"layers.{layer}.{_IN_LAYER[inner]}.{kind}"
+    return None
+
+
+def split_dim(name: str) -> int | None:
+    """The dimension along which tensor-parallel ranks share a tensor of ours; None if each has it whole."""
+    module, kind = name.rsplit(".", 1)
+    if has_vocabulary(name) or is_qkv(name) or is_up(name):
+        return 0
+    return 1 if kind == "weight" and module.endswith((".proj", ".down")) else None
+
+
+def has_vocabulary(name: str) -> bool:
+    """Whether the rows of a tensor are vocabulary entries; `name` may carry the prefix of a state key."""
+    return name.endswith(("embedding.word.weight", "/output.weight", ".output.weight")) or name == "output.weight"
+
+
+def is_qkv(name: str) -> bool:
+    """Whether a tensor is the fused query, key, value projection."""
+    return ".attention.qkv." in name
+
+
+def is_up(name: str) -> bool:
+    """Whether a tensor widens in an MLP; a file stacks the gate above it, shard by shard."""
+    return ".up." in name
+
+
+def gate_of(name: str) -> str:
+    """The gate that belongs to an `up` tensor."""
+    return name.replace(".up.", ".gate.")

@@ -1,0 +1,266 @@
+"""Reads checkpoints of Megatron-LM and EE-LLM, of any tensor- and pipeline-parallel layout, into a RunState.
+
+Names of tensors come from legacy_names.py, files from the restricted reader in safe.py: nothing in a file runs.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint import legacy_names as names
+from megatron.checkpoint.find import LEGACY_FILE, MEGATRON, RANK_DIRECTORY
+from megatron.checkpoint.legacy_optimizer import optimizer_parts, optimizer_step
+from megatron.checkpoint.safe import EnumMember, Namespace, read_legacy
+from megatron.checkpoint.state import MODEL, OPTIMIZER, PADDING, RunState
+from megatron.errors import CheckpointError
+from megatron.logs import get_logger
+
+SHARDED_OPTIMIZER = "distrib_optim.pt"
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of layers in one pipeline rank: a whole rank, or one of its chunks in an interleaved pipeline."""
+
+    rank: int
+    chunk: int
+    first_layer: int
+    exits: tuple[int, ...]  # exit numbers (from 1) that live here, in the order of --exit-layer-nums
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The files of one checkpoint: `states[tp, pp]` is the content of a rank's file."""
+
+    directory: Path
+    args: dict[str, Any]
+    tp: int
+    pp: int
+    states: dict[tuple[int, int], dict[str, Any]]
+
+    @property
+    def version(self) -> float:
+        return float(self.states[0, 0].get("checkpoint_version", 0))
+
+
+def read(directory: Path, vocab_size: int | None = None, with_optimizer: bool = True) -> RunState:
+    """Read `iter_*/` or `release/` with all its `mp_rank_*` directories.
+
+    `vocab_size` is the number of ids the tokenizer has: rows beyond it become `<name>.padding`; without it all rows
+    stay in `<name>`. Tensors may be mapped from the files, so keep these while they are in use. Facts: format,
+    iteration, checkpoint_version, args, consumed_train_samples, consumed_valid_samples, optimizer_step,
+    opt_param_scheduler, grad_scaler (null where the file has none). Random states are not taken over.
+
+    Raises:
+        CheckpointError: a rank's file is missing, damaged or hostile; tensors are missing, unknown or do not fit
+            each other; the optimizer's state is sharded or belongs to other parameters.
+    """
+    ranks = _open(directory)
+    if with_optimizer:
+        _refuse_sharded_optimizer(ranks)
+    stages, parts = _stages(ranks)
+    merged = _merge(ranks, stages, parts, MODEL)
+    if with_optimizer and "optimizer" in ranks.states[0, 0]:
+        for kind, moments in _optimizer(ranks, stages, parts).items():
+            merged |= _merge(ranks, stages, moments, f"{OPTIMIZER}{kind}/")
+    tensors = merged if vocab_size is None else _split_vocabulary(merged, vocab_size, directory)
+    return RunState(tensors, _facts(ranks))
+
+
+def _open(directory: Path) -> Ranks:
+    """Read every rank's file; the first says how many there must be."""
+    there = {match.groups(): path for path in directory.iterdir() if (match := RANK_DIRECTORY.fullmatch(path.name))}
+    if any(expert is not None for _, _, expert in there):
+        raise CheckpointError(f"{directory} holds a mixture of experts, which is not supported")
+    paths = {(int(tp), int(pp or 0)): path / LEGACY_FILE for (tp, pp, _), path in there.items()}
+    if (0, 0) not in paths:
+        raise CheckpointError(f"{directory} lacks mp_rank_00 or mp_rank_00_000: copy the whole checkpoint")
+    if len(paths) < len(there):
+        raise CheckpointError(f"{directory} mixes mp_rank_TT and mp_rank_TT_PPP: remove those that don't belong")
+    first = read_legacy(paths[0, 0])
+    args = _json_able(first.get("args", {}))
+    if not isinstance(args, dict):
+        raise CheckpointError(f"{paths[0, 0]}: its arguments are no namespace")
+    tp = _parallel_size(args, "tensor_model_parallel_size", 1 + max(tp for tp, _ in paths))
+    pp = _parallel_size(args, "pipeline_model_parallel_size", 1 + max(pp for _, pp in paths))
+    needed = [(t, p) for t in range(tp) for p in range(pp)]
+    missing = [key for key in needed if key not in paths or not paths[key].is_file()]
+    if missing:
+        listed = ", ".join(f"mp_rank_{t:02d}_{p:03d}" if pp > 1 else f"mp_rank_{t:02d}" for t, p in missing[:8])
+        mend = "copy the whole checkpoint"
+        if args.get("tune_exit"):
+            mend = "tuning exits writes the first stages only: copy the others from the checkpoint it started from"
+        raise CheckpointError(f"{directory} (tp={tp} pp={pp}) lacks {listed}: {mend}")
+    states = {key: first if key == (0, 0) else read_legacy(paths[key]) for key in needed}
+    return Ranks(directory, args, tp, pp, states)
+
+
+def _parallel_size(args: Mapping[str, Any], name: str, default: int) -> int:
+    """What the arguments say; the oldest files say nothing, and the directories must do."""
+    size = args.get(name) or default
+    if not isinstance(size, int) or not 1 <= size <= 10_000:
+        raise CheckpointError(f"the checkpoint's arguments say {name} = {size!r}")
+    return size
+
+
+Parts = dict[tuple[int, int, int], dict[str, Tensor]]
+"""(tp rank, pp rank, chunk) -> legacy name -> shard, in the order of the file."""
+
+
+def _stages(ranks: Ranks) -> tuple[list[Stage], Parts]:
+    """Number the layers over all stages, chunk by chunk, and name every shard."""
+    parts: Parts = {}
+    for (t, p), state in ranks.states.items():
+        chunks = ["model"] if "model" in state else sorted(key for key in state if key[:5] == "model")
+        if not chunks:
+            raise CheckpointError(f"{ranks.directory}: the file of tp rank {t}, pp rank {p} holds no model")
+        for number, key in enumerate(chunks):
+            parts[t, p, number] = names.flatten(state[key])
+    stages, first = [], 0
+    numbers = ranks.args.get("exit_layer_nums") or []
+    for chunk in sorted({chunk for _, _, chunk in parts}):
+        for p in range(ranks.pp):
+            count = len(names.layer_numbers(parts[0, p, chunk]))
+            exits = tuple(n for n in numbers if first < n <= first + count)
+            stages.append(Stage(p, chunk, first, exits))
+            first += count
+    expected = ranks.args.get("num_layers")
+    if expected is not None and expected != first:
+        raise CheckpointError(f"{ranks.directory} holds {first} layers, its arguments say {expected}")
+    return stages, parts
+
+
+def _merge(ranks: Ranks, stages: list[Stage], parts: Parts, prefix: str) -> dict[str, Tensor]:
+    """Join the shards of all ranks under our names; copies of the tied embedding are compared and dropped."""
+    merged: dict[str, Tensor] = {}
+    copies: list[Tensor] = []
+    unequal: list[str] = []
+    for stage in stages:
+        shards = [parts[t, stage.rank, stage.chunk] for t in range(ranks.tp)]
+        if any(shard.keys() != shards[0].keys() for shard in shards):
+            raise CheckpointError(f"{ranks.directory}: tensor-parallel ranks of stage {stage.rank} differ in names")
+        for legacy in shards[0]:
+            pieces = [shard[legacy] for shard in shards]
+            if legacy == names.TIED_COPY:
+                copies.append(torch.cat(pieces) if len(pieces) > 1 else pieces[0])
+                continue
+            ours = names.native_name(legacy, stage.first_layer, stage.exits)
+            if ours is None:
+                raise CheckpointError(f"{ranks.directory} holds {legacy}, which no early-exit GPT of these exits has")
+            merged |= {f"{prefix}{name}": tensor for name, tensor in _join(ranks, ours, pieces, unequal).items()}
+    tied = merged.get(f"{prefix}embedding.word.weight")
+    if any(tied is None or not torch.equal(copy, tied) for copy in copies):
+        unequal.append("word_embeddings_for_head.weight")
+    if unequal:
+        shown = ", ".join(unequal[:8])
+        _log.warning("%s: copies that should be equal differ, the first is taken: %s%s", ranks.directory, prefix, shown)
+    return merged
+
+
+def _join(ranks: Ranks, name: str, pieces: list[Tensor], unequal: list[str]) -> dict[str, Tensor]:
+    """One tensor from its tensor-parallel shards; two from the stacked gate and up of a gated MLP."""
+    if names.is_qkv(name) and ranks.version < 2:
+        pieces = [_reorder_qkv(ranks, piece) for piece in pieces]
+    dim = names.split_dim(name)
+    if dim is None:
+        if any(not torch.equal(piece, pieces[0]) for piece in pieces[1:]):
+            unequal.append(name)
+        return {name: pieces[0]}
+    if names.is_up(name) and ranks.args.get("swiglu"):
+        gates, ups = zip(*(piece.chunk(2) for piece in pieces), strict=True)
+        return {names.gate_of(name): torch.cat(gates), name: torch.cat(ups)}
+    return {name: torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0]}
+
+
+def _reorder_qkv(ranks: Ranks, piece: Tensor) -> Tensor:
+    """Rows of formats before 2.0, [3, heads, head] in 0 and [heads, head, 3] in 1, as [heads, 3, head]."""
+    heads = ranks.args.get("num_attention_heads")
+    if not heads or piece.shape[0] % (3 * heads // ranks.tp):
+        raise CheckpointError(
+            f"{ranks.directory}: --num-attention-heads is needed to order the rows of this old format"
+        )
+    heads, rest = heads // ranks.tp, piece.shape[1:]
+    if ranks.version < 1:
+        return piece.reshape(3, heads, -1, *rest).transpose(0, 1).reshape(piece.shape)
+    return piece.reshape(heads, -1, 3, *rest).transpose(1, 2).reshape(piece.shape)
+
+
+def _optimizer(ranks: Ranks, stages: list[Stage], parts: Parts) -> dict[str, Parts]:
+    """Kind of moment -> shards under the names of their parameters."""
+    kinds: dict[str, Parts] = {}
+    early_exit = bool(ranks.args.get("exit_layer_nums"))
+    for (t, p), state in ranks.states.items():
+        chunks = sorted(stage.chunk for stage in stages if stage.rank == p)
+        parameters = {(chunk, name): tensor for chunk in chunks for name, tensor in parts[t, p, chunk].items()}
+        where = f"{ranks.directory}, tp rank {t}, pp rank {p}"
+        found = optimizer_parts(
+            state.get("optimizer"), parameters, early_exit, bool(ranks.args.get("tune_exit")), where
+        )
+        for kind, tensors in found.items():
+            shards = kinds.setdefault(kind, {key: {} for key in parts})
+            for (chunk, name), tensor in tensors.items():
+                shards[t, p, chunk][name] = tensor
+    return kinds
+
+
+def _refuse_sharded_optimizer(ranks: Ranks) -> None:
+    if any(ranks.directory.glob(f"mp_rank_*/{SHARDED_OPTIMIZER}")):
+        raise CheckpointError(
+            f"{ranks.directory}: the optimizer's state lies in {SHARDED_OPTIMIZER}, written by Megatron's distributed "
+            "optimizer, whose shards are not read. Give --no-load-optim or --finetune to take the weights alone"
+        )
+
+
+def _split_vocabulary(tensors: Mapping[str, Tensor], vocab_size: int, directory: Path) -> dict[str, Tensor]:
+    split: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not names.has_vocabulary(name):
+            split[name] = tensor
+            continue
+        rows = tensor.shape[0]
+        if rows < vocab_size:
+            raise CheckpointError(
+                f"{directory}: {name} has {rows} rows, the tokenizer {vocab_size} ids: give the checkpoint's tokenizer"
+            )
+        split[name] = tensor[:vocab_size]
+        if rows > vocab_size:
+            split[f"{name}{PADDING}"] = tensor[vocab_size:]
+    return split
+
+
+def _facts(ranks: Ranks) -> dict[str, Any]:
+    state, args = ranks.states[0, 0], ranks.args
+    optimizer = state.get("optimizer")
+    optimizer = optimizer if isinstance(optimizer, dict) else {}
+    return {
+        "format": MEGATRON,
+        "iteration": int(state.get("iteration", 0)),
+        "checkpoint_version": ranks.version,
+        "args": args,
+        "consumed_train_samples": args.get("consumed_train_samples"),
+        "consumed_valid_samples": args.get("consumed_valid_samples"),
+        "optimizer_step": optimizer_step(optimizer),
+        "opt_param_scheduler": _json_able(state.get("opt_param_scheduler")),
+        "grad_scaler": _json_able(optimizer.get("grad_scaler")),
+    }
+
+
+def _json_able(value: Any) -> Any:
+    """Plain data of what a Namespace, a scheduler or a scaler holds; names of types and enumerations as text."""
+    if isinstance(value, Namespace):
+        return _json_able(vars(value))
+    if isinstance(value, dict):
+        return {str(key): _json_able(item) for key, item in value.items()}
+    if isinstance(value, Tensor):
+        return value.tolist() if value.dim() and value.numel() > 1 else value.item()
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        return repr(value) if isinstance(value, EnumMember) else str(value).removeprefix("torch.")
+    return [_json_able(item) for item in value]

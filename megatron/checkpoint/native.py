@@ -1,0 +1,205 @@
+"""The native checkpoint: torch.distributed.checkpoint for tensors, JSON for the rest, keys free of any layout.
+
+`<root>/iter_0001200/{facts.json, tensors/, tokenizer/}` appears as a whole (commit.py); `find.py` says which to load.
+"""
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron.checkpoint import commit
+from megatron.checkpoint.find import FACTS, INDEX, NATIVE, TENSORS, TRACKER, format_of, iteration_name
+from megatron.checkpoint.safe import read_dcp_metadata
+from megatron.checkpoint.state import PADDING, Entry, RunState, check, copy_padding, entries, without
+from megatron.errors import CheckpointError, StorageError
+
+VERSION = 1
+TOKENIZER = "tokenizer"
+
+
+def save(root: Path, iteration: int, state: RunState, tokenizer_files: Iterable[Path] = ()) -> Path:
+    """Write `state` as `<root>/iter_<iteration>`, copy the tokenizer's files into it, and point the tracker at it.
+
+    An older native checkpoint of the same iteration is replaced once the new one is whole. Returns the directory.
+
+    Raises:
+        CheckpointError: a directory of this name holds something else, which a save never replaces.
+        StorageError: writing failed; what was there before is untouched.
+    """
+    final = root / iteration_name(iteration)
+    if final.exists() and format_of(final) != NATIVE:
+        raise CheckpointError(
+            f"{final} exists and is no native checkpoint ({format_of(final) or 'unknown content'}): it is not "
+            "replaced. Give another --save directory, or move it away"
+        )
+    facts = {**state.facts, "format": NATIVE, "format_version": VERSION, "iteration": iteration}
+    with commit.staged(final) as staging:
+        facts["tokenizer_sha256"] = _copy_files(tokenizer_files, staging / TOKENIZER)
+        text = json.dumps(facts, indent=1, sort_keys=True, allow_nan=False)
+        (staging / FACTS).write_text(text + "\n", encoding="utf-8")
+        with _dcp_errors(final, writing=True):
+            dcp.save(
+                {name: tensor.detach() for name, tensor in state.tensors.items()},
+                storage_writer=_Writer(staging / TENSORS, overwrite=False),
+                planner=dcp.DefaultSavePlanner(flatten_state_dict=False),
+                no_dist=True,
+            )
+    commit.replace_file(root / TRACKER, f"{iteration}\n")
+    return final
+
+
+def load(
+    directory: Path,
+    targets: Mapping[str, Tensor],
+    *,
+    ignore: tuple[str, ...] = (),
+    convert: bool = False,
+) -> None:
+    """Fill live tensors (or views of them) in place; every tensor of the checkpoint must have its target.
+
+    `ignore` lists key prefixes of the checkpoint that are left aside, such as "optimizer/". With `convert`, model
+    weights of another floating type are converted.
+
+    Raises:
+        CheckpointError: a name is missing or extra, or a shape or type differs (nothing has been loaded then), or
+            a file is damaged.
+    """
+    metadata = _metadata(directory)
+    found = without(_index(metadata), ignore)
+    check(found, entries(targets), str(directory), convert=convert)
+    requests = {name: tensor.detach() for name, tensor in targets.items() if name in found}
+    padding = {name: tensor for name, tensor in requests.items() if name.endswith(PADDING)}
+    for name in padding:
+        requests[name] = torch.empty(found[name][0], dtype=found[name][1])
+    with _dcp_errors(directory, writing=False):
+        dcp.load(
+            requests,
+            storage_reader=_Reader(directory / TENSORS, metadata),
+            planner=dcp.DefaultLoadPlanner(flatten_state_dict=False),
+            no_dist=True,
+        )
+    for name, tensor in targets.items():
+        if name.endswith(PADDING):
+            copy_padding(requests[name] if name in padding else None, tensor)
+
+
+def read_facts(directory: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint, with "format", "format_version", "iteration" and "tokenizer_sha256" added.
+
+    Raises:
+        CheckpointError: the file is missing, no JSON, or of a later format than this program knows.
+    """
+    path = directory / FACTS
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(facts, dict) or facts.get("format") != NATIVE:
+        raise CheckpointError(f"{path} does not describe a native checkpoint")
+    version = facts.get("format_version")
+    if version != VERSION:
+        raise CheckpointError(f"{path} has format version {version}; this program reads {VERSION}: update it")
+    return facts
+
+
+def tensor_index(directory: Path) -> dict[str, Entry]:
+    """Name -> (shape, dtype) of every tensor, read without touching the tensors.
+
+    Raises:
+        CheckpointError: the index is missing, damaged, or lists anything but tensors.
+    """
+    return _index(_metadata(directory))
+
+
+def read(directory: Path, *, ignore: tuple[str, ...] = ()) -> RunState:
+    """The whole checkpoint in new CPU tensors, for converters and tools. Errors as for `load`."""
+    index = without(tensor_index(directory), ignore)
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in index.items()}
+    load(directory, tensors, ignore=ignore)
+    return RunState(tensors, read_facts(directory))
+
+
+def tokenizer_files(directory: Path) -> dict[str, Path]:
+    """File name -> path of the tokenizer's files inside the checkpoint, verified against their recorded hashes.
+
+    Raises:
+        CheckpointError: a file is missing or is not the one that was saved.
+    """
+    files = {}
+    for name, expected in read_facts(directory)["tokenizer_sha256"].items():
+        path = directory / TOKENIZER / name
+        if Path(name).name != name or not path.is_file() or _sha256(path) != expected:
+            raise CheckpointError(f"{path} is missing or not the file that was saved: give the tokenizer's flags")
+        files[name] = path
+    return files
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Leaves out the identity of the save and its path: the same state gives the same index."""
+
+    def storage_meta(self) -> None:
+        return None
+
+
+class _Reader(dcp.FileSystemReader):
+    """Takes the index as already read by the restricted reader; torch's own would unpickle it."""
+
+    def __init__(self, directory: Path, metadata: Metadata):
+        super().__init__(directory)
+        self._metadata = metadata
+
+    def read_metadata(self) -> Metadata:
+        return self._metadata
+
+
+@contextmanager
+def _dcp_errors(directory: Path, *, writing: bool) -> Iterator[None]:
+    """Turn torch's failure report, which is no Exception, into ours; hush its notice about a single process."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as report:
+        cause = next(iter(report.failures.values()))[0]
+        if writing and isinstance(cause, OSError):
+            raise StorageError(f"cannot write {directory}: {cause}") from cause
+        if writing:
+            raise cause from None
+        raise CheckpointError(f"{directory} is damaged: {type(cause).__name__}: {cause}") from cause
+
+
+def _metadata(directory: Path) -> Metadata:
+    return read_dcp_metadata(directory / INDEX)
+
+
+def _index(metadata: Metadata) -> dict[str, Entry]:
+    return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in metadata.state_dict_metadata.items()}
+
+
+def _copy_files(files: Iterable[Path], target: Path) -> dict[str, str]:
+    """Copy files side by side; returns name -> sha256."""
+    hashes: dict[str, str] = {}
+    for file in files:
+        if file.name in hashes:
+            raise CheckpointError(f"two tokenizer files are called {file.name}: rename one of them")
+        target.mkdir(exist_ok=True)
+        shutil.copyfile(file, target / file.name)
+        hashes[file.name] = _sha256(target / file.name)
+    return hashes
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

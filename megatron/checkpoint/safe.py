@@ -1,0 +1,315 @@
+"""The only place that opens pickles: readers that know the few names they need and run nothing else.
+
+Callables of a file are never looked up: every name it mentions is either one of torch's own tensor builders or is
+replaced by an inert class that merely keeps what it is given. Anything else is refused before it is loaded.
+"""
+
+import io
+import pickle
+import pickletools
+import re
+import struct
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron.errors import CheckpointError
+
+# What a damaged or hostile file can raise inside the restricted readers.
+_MALFORMED = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    struct.error,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+_DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+_STORAGE = re.compile(r"torch\.(cuda\.)?[A-Z][A-Za-z0-9]*Storage")
+_ENUM = re.compile(r"megatron\.([a-z_]+\.)*enums\.[A-Z]\w*")
+_TORCH_NAMES = {
+    "_codecs.encode",  # how pickle protocol 2 writes bytes
+    "collections.OrderedDict",
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_tensor",
+    "torch._utils._rebuild_tensor_v2",
+    "torch.Size",
+    "torch.device",
+    *_DTYPES,
+}
+
+
+class Namespace:
+    """Stands in for argparse's: attributes, no behaviour. Read it with `vars()`."""
+
+
+class EnumMember:
+    """Stands in for a member of an enumeration that only the writer's code knows; `value` is its value."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.value!r})"
+
+
+class NumpyType:
+    """Stands in for a numpy dtype; numbers only."""
+
+    def __init__(self, code: str, *_: Any):
+        if not re.fullmatch(r"[<>=|]?[biufc?]\d{0,2}", str(code)):
+            raise CheckpointError(f"numpy arrays of type {code!r} are not read: they can hold objects")
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class NumpyValue:
+    """Stands in for a numpy array or scalar. Kept opaque: only the writer's random state holds any."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+_STAND_INS = {
+    "argparse.Namespace": Namespace,
+    "numpy.dtype": NumpyType,
+    "numpy.ndarray": NumpyValue,
+    "numpy.core.multiarray._reconstruct": NumpyValue,
+    "numpy.core.multiarray.scalar": NumpyValue,
+    "numpy._core.multiarray._reconstruct": NumpyValue,
+    "numpy._core.multiarray.scalar": NumpyValue,
+}
+
+
+def read_legacy(path: Path) -> dict[str, Any]:
+    """Read a file that `torch.save` wrote for Megatron-LM or EE-LLM; tensors are mapped from the file, on the CPU.
+
+    Namespaces, enumerations and numpy values come back as the inert classes above.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or mentions a name that such files don't need.
+    """
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"
+            names = _zip_names(path) if zipped else _plain_names(file)
+        allowed = [(_stand_in(name, path), name) for name in names if name not in _TORCH_NAMES]
+        with _only_these_globals([pair for pair in allowed if pair[0] is not None]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except _MALFORMED as error:
+        raise CheckpointError(f"{path} is damaged or not written by torch.save: {_brief(error)}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not the dictionary of a checkpoint")
+    return content
+
+
+def _stand_in(name: str, path: Path) -> type | None:
+    """The inert class for `name`; None where torch itself replaces it."""
+    if name in _STAND_INS:
+        return _STAND_INS[name]
+    if _ENUM.fullmatch(name):
+        return type(name.rsplit(".", 1)[1], (EnumMember,), {})
+    if _STORAGE.fullmatch(name):
+        return None
+    raise CheckpointError(f"refused: it asks for {name}, which no checkpoint needs; nothing was run")
+
+
+@contextmanager
+def _only_these_globals(allowed: list[Any]) -> Iterator[None]:
+    """Let torch's restricted unpickler know exactly `allowed` beyond its own names, whatever others registered."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(allowed)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _zip_names(path: Path) -> set[str]:
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise CheckpointError("refused: it has compressed entries, which torch.save never writes")
+        pickles = [member for member in members if member.filename.endswith("data.pkl")]
+        if len(pickles) != 1:
+            raise CheckpointError(f"refused: it has {len(pickles)} pickles where torch.save writes one")
+        return _names(io.BytesIO(archive.read(pickles[0])), pickles[0].file_size)
+
+
+def _plain_names(file: BinaryIO) -> set[str]:
+    """Of torch's format before 1.6: magic number, protocol, system, content and storage keys are five pickles."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    return set().union(*(_names(file, size) for _ in range(5)))
+
+
+def _names(file: BinaryIO, size: int) -> set[str]:
+    """Every global that one pickle mentions, without loading it."""
+    names, strings = set(), []
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in ("GLOBAL", "INST"):
+            names.add(argument.replace(" ", "."))
+        elif opcode.name == "STACK_GLOBAL":
+            names.add(".".join(strings[-2:]))
+        elif opcode.name.startswith("EXT"):
+            raise CheckpointError("refused: it uses registered extension codes")
+        elif opcode.name.endswith("PUT") and int(argument) > size:
+            raise CheckpointError("refused: its memo is larger than the file")
+        elif isinstance(argument, str):
+            strings.append(argument)
+    return names
+
+
+def _brief(error: BaseException) -> str:
+    """The first line of what went wrong; torch appends advice that would not be safe to follow."""
+    text = str(error).strip()
+    reason = text.rsplit("WeightsUnpickler error:", 1)[-1].strip().splitlines()
+    return f"{type(error).__name__}: {reason[0][:200]}" if reason else type(error).__name__
+
+
+# --- the index file of torch.distributed.checkpoint -------------------------------------------------------------
+
+_DCP = "torch.distributed.checkpoint"
+_DCP_RECORDS = {
+    f"{_DCP}.metadata.{name}"
+    for name in ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties")
+} | {
+    f"{_DCP}.metadata.ChunkStorageMetadata",
+    f"{_DCP}.metadata.MetadataIndex",
+    f"{_DCP}.metadata._MEM_FORMAT_ENCODING",
+    f"{_DCP}.filesystem._StorageInfo",
+    "torch.serialization._get_layout",
+}
+_SHARD = re.compile(r"__\d+_\d+\.distcp")
+
+
+class _Record:
+    """Stands in for a dataclass: keeps the arguments and the state it is given."""
+
+    def __init__(self, *args: Any):
+        self.args = args
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows the names in a `.metadata` file that holds tensors only; its records are inert and made afresh."""
+
+    def __init__(self, file: BinaryIO):
+        super().__init__(file)
+        self.records = {name: type(name.rsplit(".", 1)[1], (_Record,), {}) for name in _DCP_RECORDS}
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if full in self.records:
+            return self.records[full]
+        if full in _DTYPES:
+            return _DTYPES[full]
+        if full == "torch.Size":
+            return tuple
+        raise CheckpointError(f"refused: it asks for {full}, which no index needs; nothing was run")
+
+
+def read_dcp_metadata(path: Path) -> Metadata:
+    """Read the `.metadata` of torch.distributed.checkpoint, as written for tensors alone.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, mentions a foreign name, lists entries that are not tensors,
+            or places a tensor in a file outside its directory.
+    """
+    try:
+        content = path.read_bytes()
+        _names(io.BytesIO(content), len(content))
+        return _to_metadata(_MetadataUnpickler(io.BytesIO(content)).load())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except _MALFORMED as error:
+        raise CheckpointError(f"{path} is damaged: {_brief(error)}") from error
+
+
+def _to_metadata(record: Any) -> Metadata:
+    """Build torch's own metadata from inert records, taking only what is of the expected type."""
+    fields = _state(record, "Metadata")
+    tensors = {_text(name): _to_tensor(name, entry) for name, entry in fields["state_dict_metadata"].items()}
+    storage = dict(_to_place(index, info) for index, info in fields["storage_data"].items())
+    for name, tensor in tensors.items():
+        for number, chunk in enumerate(tensor.chunks):
+            if MetadataIndex(name, chunk.offsets, number) not in storage:
+                raise CheckpointError(f"it does not say where {name} lies")
+    return Metadata(state_dict_metadata=tensors, storage_data=storage, version=fields.get("version"))
+
+
+def _to_tensor(name: str, record: Any) -> TensorStorageMetadata:
+    if type(record).__name__ != "TensorStorageMetadata":
+        raise CheckpointError(f"refused: {name!r} is not a tensor, and checkpoints hold nothing else")
+    fields = _state(record, "TensorStorageMetadata")
+    dtype = _state(fields["properties"], "TensorProperties")[0]
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"{name} has no number type")
+    chunks = [_state(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]]
+    return TensorStorageMetadata(
+        properties=TensorProperties(dtype=dtype),
+        size=_size(fields["size"]),
+        chunks=[ChunkStorageMetadata(_size(chunk["offsets"]), _size(chunk["sizes"])) for chunk in chunks],
+    )
+
+
+def _to_place(index: Any, info: Any) -> tuple[MetadataIndex, _StorageInfo]:
+    key, place = _state(index, "MetadataIndex"), _state(info, "_StorageInfo")
+    file = _text(place["relative_path"])
+    if not _SHARD.fullmatch(file) or place.get("transform_descriptors"):
+        raise CheckpointError(f"refused: a tensor is placed in {file!r}")
+    offset, number = key.get("offset"), key.get("index")
+    where = MetadataIndex(_text(key["fqn"]), None if offset is None else _size(offset), number)
+    return where, _StorageInfo(file, *_size((place["offset"], place["length"])))
+
+
+def _state(record: Any, kind: str) -> Any:
+    if type(record).__name__ != kind or not isinstance(record, _Record) or record.state is None:
+        raise CheckpointError(f"it holds {type(record).__name__} where {kind} belongs")
+    return record.state
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise CheckpointError(f"it holds {type(value).__name__} where a name belongs")
+    return value
+
+
+def _size(values: Any) -> torch.Size:
+    if not all(type(value) is int and value >= 0 for value in values):
+        raise CheckpointError("it holds a size that is not made of natural numbers")
+    return torch.Size(values)

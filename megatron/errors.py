@@ -1,0 +1,40 @@
+"""The exceptions a user can meet, each with the exit code of the process it ends.
+
+Raise these for what the user did or met (flags, data, checkpoints); use `assert` for our own bugs.
+"""
+
+
+class EELLMError(Exception):
+    """Base of all errors with a message written for the user. `exit_code` ends the process."""
+
+    exit_code = 1
+
+
+class ConfigError(EELLMError):
+    """Flags or a config file that cannot be honoured; the message names the flag and the mend."""
+
+    exit_code = 2
+
+
+class DataError(EELLMError):
+    """A dataset, tokenizer or text file is missing or broken; the message names file and place."""
+
+    exit_code = 2
+
+
+class NonFiniteError(EELLMError):
+    """Training met too many non-finite steps in a row."""
+
+    exit_code = 3
+
+
+class CheckpointError(EELLMError):
+    """A checkpoint is missing, damaged, or of another shape than the model."""
+
+    exit_code = 4
+
+
+class StorageError(EELLMError):
+    """Writing failed: disk full, read-only, no permission."""
+
+    exit_code = 5

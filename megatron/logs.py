@@ -1,0 +1,32 @@
+"""One way to get a logger and one place that configures output.
+
+Library code calls `get_logger(__name__)`; only entry points call `setup_logging`.
+"""
+
+import logging
+import sys
+
+_ROOT = "megatron"
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Return the logger of a module; `name` is the module's `__name__`."""
+    return logging.getLogger(name if name.startswith(_ROOT) else f"{_ROOT}.{name}")
+
+
+def setup_logging(level: int = logging.INFO) -> None:
+    """Send the package's log records to standard output as plain lines; calling again is harmless."""
+    logger = logging.getLogger(_ROOT)
+    logger.setLevel(level)
+    logger.propagate = False
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+
+
+def warn_once(logger: logging.Logger, message: str, seen: set[str]) -> None:
+    """Log `message` as a warning unless it is already in `seen` (owned by the caller: no global state)."""
+    if message not in seen:
+        seen.add(message)
+        logger.warning(message)

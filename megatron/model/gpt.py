@@ -1,0 +1,128 @@
+"""A GPT or Llama backbone with early exits: the layers of one pipeline stage, its exit heads, its embedding and head.
+
+The backbone knows exits only as taps: it hands out what was asked for at the layers named in the stage's exits.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron.config.model import ExitConfig, ModelConfig
+from megatron.config.training import TrainingConfig
+from megatron.exits.head import ExitHead
+from megatron.exits.spec import FINAL
+from megatron.model.partition import StageSpec
+from megatron.nn.attention import attention_mask
+from megatron.nn.embedding import Embedding
+from megatron.nn.layer import LayerContext, TransformerLayer
+from megatron.nn.linear import OutputLayer
+from megatron.nn.norm import build_norm
+from megatron.nn.rotary import rotary_tables
+from megatron.parallel.rng import DropoutStream
+
+Taps = dict[str, tuple[Tensor, ...]]  # exit label -> what its head starts from
+
+
+class GPT(nn.Module):
+    """The modules of one stage. Parameters are uninitialised: see `model.init` and `checkpoint`."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        exits: ExitConfig,
+        stage: StageSpec,
+        padded_vocab_size: int,
+        training: TrainingConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.stage, self.padded_vocab_size = model, stage, padded_vocab_size
+        training = training or TrainingConfig()
+        selective = training.recompute_granularity == "selective"
+        self.segments = _segments(stage, training)
+        self.embedding = Embedding(model, padded_vocab_size) if stage.is_first else None
+        self.layers = nn.ModuleDict(
+            {str(i): TransformerLayer(model, i, selective) for i in range(stage.first, stage.last)}
+        )
+        self.exits = nn.ModuleDict(
+            {spec.label: ExitHead(spec, model, exits, padded_vocab_size, selective) for spec in stage.exits}
+        )
+        self.final_norm = build_norm(model) if stage.is_last else None
+        untied = model.untie_embeddings_and_output_weights and stage.is_last
+        self.output = OutputLayer(padded_vocab_size, model.hidden_size) if untied else None
+
+    def head_labels(self) -> tuple[str, ...]:
+        """Labels of this stage's heads, shallow first, the final head last."""
+        return (*self.exits, FINAL) if self.stage.is_last else tuple(self.exits)
+
+    def output_weight(self, label: str) -> nn.Parameter:
+        """The output matrix `[padded vocab, h]` that head `label` multiplies: its own or a tied one."""
+        own = self.output if label == FINAL else self.exits[label].output
+        return self.embedding.word.weight if own is None else own.weight
+
+    def features(self, label: str, tap: tuple[Tensor, ...], context: LayerContext, cache=None) -> Tensor:
+        """What head `label` multiplies with its output matrix, [s, b, h]."""
+        if label == FINAL:
+            return self.final_norm(tap[0])
+        return self.exits[label](tap, context, self.final_norm, cache)
+
+    def context(
+        self,
+        length: int,
+        like: Tensor,
+        document_ids: Tensor | None = None,
+        stream: DropoutStream | None = None,
+    ) -> LayerContext:
+        """Rotary tables, mask and dropout streams for a forward pass over `length` positions from 0.
+
+        Rotary angles count from the start of the sequence whatever `--reset-position-ids` says: only distances
+        matter to them.
+        """
+        rotary = self.config.position_embedding_type == "rope"
+        rope = rotary_tables(self.config, 0, length, like) if rotary else None
+        mask = attention_mask(length, length, self.config.window_size, document_ids, like.device)
+        return LayerContext(rope, mask, stream)
+
+    def forward(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Taps]:
+        """Run the stage's layers over hidden [s, b, h]; returns the last hidden state and the taps of its exits."""
+        taps: Taps = {}
+        for first, last, recompute in self.segments:
+            if recompute and torch.is_grad_enabled():
+                # Dropout reseeds itself by layer, so a recomputed segment draws the same masks.
+                hidden, found = checkpoint(
+                    self._segment, first, last, hidden, context, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden, found = self._segment(first, last, hidden, context)
+            taps |= found
+        if self.stage.is_last:
+            taps[FINAL] = (hidden,)
+        return hidden, taps
+
+    def _segment(self, first: int, last: int, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Taps]:
+        """Layers [first, last): hidden state after them and the taps within."""
+        taps: Taps = {}
+        for index in range(first, last):
+            entering = hidden
+            out = self.layers[str(index)](hidden, context)
+            hidden = out.hidden
+            for spec in self.stage.exits:
+                if spec.layer == index:
+                    sources = {
+                        "input": (entering,),
+                        "mlp": (out.mlp_residual, out.mlp_input),
+                        "output": (hidden,),
+                    }
+                    taps[spec.label] = sources[spec.tap]
+        return hidden, taps
+
+
+def _segments(stage: StageSpec, training: TrainingConfig) -> tuple[tuple[int, int, bool], ...]:
+    """(first, last, recompute) spans of the stage's layers under the run's recompute flags."""
+    if training.recompute_granularity != "full":
+        return ((stage.first, stage.last, False),)
+    size = training.recompute_num_layers or 1
+    if training.recompute_method == "block":
+        border = min(stage.first + size, stage.last)
+        recomputed = tuple((i, i + 1, True) for i in range(stage.first, border))
+        return (*recomputed, (border, stage.last, False)) if border < stage.last else recomputed
+    return tuple((i, min(i + size, stage.last), True) for i in range(stage.first, stage.last, size))

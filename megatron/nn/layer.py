@@ -1,0 +1,69 @@
+"""One pre-norm transformer layer. It publishes what exits may tap, and knows nothing about exits."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.config.model import ModelConfig
+from megatron.nn.attention import SelfAttention
+from megatron.nn.kv import LayerKV
+from megatron.nn.mlp import MLP
+from megatron.nn.norm import build_norm
+from megatron.nn.rotary import Rope
+from megatron.parallel.rng import DropoutStream
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """What all layers of one forward pass share: rotary tables, mask, dropout streams (None: no dropout)."""
+
+    rope: Rope | None = None
+    mask: Tensor | None = None
+    stream: DropoutStream | None = None
+
+
+class LayerOutput(NamedTuple):
+    """The layer's output and the two inputs of its MLP branch, each [s, b, h]."""
+
+    hidden: Tensor
+    mlp_residual: Tensor
+    mlp_input: Tensor
+
+
+class TransformerLayer(nn.Module):
+    """norm -> attention -> add -> norm -> MLP -> add; `place` names its dropout stream."""
+
+    def __init__(self, config: ModelConfig, place: int | str, recompute_core: bool = False) -> None:
+        super().__init__()
+        self.place = place
+        self.dropout = config.hidden_dropout
+        self.uses_dropout = config.hidden_dropout > 0 or config.attention_dropout > 0
+        self.post_norm_residual = config.apply_residual_connection_post_layernorm
+        self.input_norm = build_norm(config)
+        self.attention = SelfAttention(config, recompute_core)
+        self.mlp_norm = build_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, hidden: Tensor, context: LayerContext, cache: LayerKV | None = None) -> LayerOutput:
+        """hidden [s, b, h] -> LayerOutput; with a cache, hidden are the positions after those cached."""
+        if context.stream is not None and self.uses_dropout:
+            context.stream.enter(self.place)
+        return self._run(hidden, context.rope, context.mask, cache)
+
+    def compile_body(self) -> None:
+        """Run the layer's computation through torch.compile from now on."""
+        self._run = torch.compile(self._run)
+
+    def _run(self, hidden: Tensor, rope: Rope | None, mask: Tensor | None, cache: LayerKV | None) -> LayerOutput:
+        normed = self.input_norm(hidden)
+        residual = normed if self.post_norm_residual else hidden
+        hidden = residual + self._drop(self.attention(normed, rope, mask, cache))
+        normed = self.mlp_norm(hidden)
+        residual = normed if self.post_norm_residual else hidden
+        return LayerOutput(residual + self._drop(self.mlp(normed)), residual, normed)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)

@@ -1,0 +1,158 @@
+"""The optimizer over a model's parameters: gradient buffers, fp32 masters, decay groups, clipping, the update.
+
+Every trainable parameter has `main_grad`, a buffer of at least fp32 that all microbatches add into: autograd
+through a hook (or directly, where the dtypes agree), vocabulary heads in `nn.cross_entropy`.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron.config.training import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """applied: whether parameters changed. grad_norm: global L2 norm before clipping, loss scale removed."""
+
+    applied: bool
+    grad_norm: float
+
+
+def is_decayed(name: str, parameter: Tensor) -> bool:
+    """Weight decay is for matrices: not for biases and norm weights."""
+    return parameter.dim() > 1 and not name.endswith(".bias")
+
+
+class TrainingOptimizer:
+    """AdamW or SGD on fp32 (or wider) weights; 16-bit parameters are copies of fp32 masters."""
+
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
+        self.parameters = {name: p for name, p in named_parameters if p.requires_grad}
+        self.clip_grad = config.clip_grad
+        self.masters = {name: _master(p) for name, p in self.parameters.items()}
+        self._hooks = [_attach_gradient_buffer(p) for p in self.parameters.values()]
+        for name, p in self.parameters.items():
+            self.masters[name].grad = p.main_grad
+        groups = [
+            {
+                "params": [m for n, m in self.masters.items() if is_decayed(n, m) is decayed],
+                "decayed": decayed,
+            }
+            for decayed in (True, False)
+        ]
+        self.inner = _build(config, [group for group in groups if group["params"]])
+        for master in self.masters.values():
+            _create_state(self.inner, master)
+
+    def zero_grad(self) -> None:
+        """Clear all gradient buffers in place."""
+        torch._foreach_zero_([p.main_grad for p in self.parameters.values()])
+
+    def step(self, lr: float, weight_decay: float, loss_scale: float, check_finite: bool) -> StepResult:
+        """Unscale, measure, clip and apply the accumulated gradients.
+
+        With `check_finite`, a non-finite gradient norm leaves parameters and moments untouched.
+        """
+        grads = [p.main_grad for p in self.parameters.values()]
+        norm = float(torch.nn.utils.get_total_norm(grads, 2.0)) / loss_scale
+        if check_finite and not math.isfinite(norm):
+            return StepResult(False, norm)
+        factor = 1.0 / loss_scale
+        if self.clip_grad > 0:
+            factor *= min(1.0, self.clip_grad / (norm + 1e-6))
+        if factor != 1.0:
+            torch._foreach_mul_(grads, factor)
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = weight_decay if group["decayed"] else 0.0
+        self.inner.step()
+        self._refresh_parameters()
+        return StepResult(True, norm)
+
+    def num_zero_grads(self) -> int:
+        """How many gradient entries are exactly zero."""
+        return sum(int((p.main_grad == 0).sum()) for p in self.parameters.values())
+
+    def parameter_norm(self) -> float:
+        """Global L2 norm of the trained parameters."""
+        return float(torch.nn.utils.get_total_norm(list(self.masters.values()), 2.0))
+
+    def _refresh_parameters(self) -> None:
+        """Round the masters into the 16-bit parameters."""
+        pairs = [(p, self.masters[n]) for n, p in self.parameters.items() if self.masters[n] is not p]
+        if pairs:
+            with torch.no_grad():
+                torch._foreach_copy_([p for p, _ in pairs], [master for _, master in pairs])
+
+    def state_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(kind, parameter name, tensor) for all state a checkpoint needs, as live tensors."""
+        for name, master in self.masters.items():
+            for kind, value in self.inner.state[master].items():
+                if kind != "step":
+                    yield kind, name, value
+            if master is not self.parameters[name]:
+                yield "master", name, master.detach()
+
+    @property
+    def steps(self) -> int:
+        """Updates applied so far, as Adam counts them."""
+        states = (state.get("step") for state in self.inner.state.values())
+        return int(next((step for step in states if step is not None), 0))
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        for state in self.inner.state.values():
+            if "step" in state:
+                state["step"].fill_(value)
+
+    def reset_masters(self) -> None:
+        """Take masters anew from the parameters, after weights were loaded without optimizer state."""
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                if self.masters[name] is not p:
+                    self.masters[name].copy_(p)
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    """The tensor the update works on: the parameter itself, or an fp32 copy of a 16-bit one."""
+    if parameter.dtype in (torch.float16, torch.bfloat16):
+        return nn.Parameter(parameter.detach().float())
+    return parameter
+
+
+def _attach_gradient_buffer(parameter: nn.Parameter) -> object | None:
+    """Give the parameter its `main_grad`; returns the hook that fills it, if one is needed."""
+    precise = torch.promote_types(torch.float32, parameter.dtype)
+    parameter.main_grad = torch.zeros_like(parameter, dtype=precise)
+    if precise == parameter.dtype:
+        parameter.grad = parameter.main_grad  # autograd then adds in place
+        return None
+
+    def add(p: nn.Parameter) -> None:
+        p.main_grad.add_(p.grad)
+        p.grad = None
+
+    return parameter.register_post_accumulate_grad_hook(add)
+
+
+def _build(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=config.sgd_momentum, fused=True)
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.adam_eps, fused=True)
+
+
+def _create_state(inner: torch.optim.Optimizer, master: nn.Parameter) -> None:
+    """Make the state that the first step would make, so that checkpoints have one shape from the start."""
+    if isinstance(inner, torch.optim.SGD):
+        inner.state[master] = {"momentum_buffer": torch.zeros_like(master)}
+    else:
+        inner.state[master] = {
+            "step": torch.zeros((), dtype=torch.float32, device=master.device),
+            "exp_avg": torch.zeros_like(master),
+            "exp_avg_sq": torch.zeros_like(master),
+        }

@@ -1,0 +1,63 @@
+"""The one place that knows the device: CPU or CUDA, its process-group backend, waiting, memory figures.
+
+Everyone else gets a `Backend` value and asks it; nobody else calls `torch.cuda`.
+"""
+
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A device and the process-group backend that goes with it."""
+
+    device: torch.device
+    process_group: str
+
+    @staticmethod
+    def choose(process_group: str | None = None) -> "Backend":
+        """Pick CUDA + nccl where there is a GPU, else CPU + gloo; `process_group` overrides the latter.
+
+        Raises ConfigError for nccl without a GPU.
+        """
+        has_gpu = torch.cuda.is_available()
+        if process_group == "nccl" and not has_gpu:
+            raise ConfigError("--distributed-backend nccl needs a GPU, and none is visible; use gloo")
+        on_gpu = has_gpu and process_group != "gloo"
+        return Backend(torch.device("cuda" if on_gpu else "cpu"), "nccl" if on_gpu else "gloo")
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether tensors live on a GPU."""
+        return self.device.type == "cuda"
+
+    def synchronize(self) -> None:
+        """Wait for queued device work; nothing to do on CPU."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+
+    def peak_memory_bytes(self) -> int:
+        """Most memory used so far: allocated on the GPU, or resident in this process on CPU."""
+        if self.is_cuda:
+            return torch.cuda.max_memory_allocated(self.device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        """Vendor's dense peak in FLOP/s for matrix products in `dtype`, or None where it isn't known."""
+        if not self.is_cuda or dtype not in (torch.bfloat16, torch.float16):
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        peaks = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "V100": 125e12}
+        return next((peak for part, peak in peaks.items() if part in name), None)
+
+    def name(self) -> str:
+        """The device in words."""
+        if self.is_cuda:
+            return torch.cuda.get_device_name(self.device)
+        return f"CPU ({torch.get_num_threads()} threads)"

@@ -1,0 +1,31 @@
+"""Random streams derived from what they are for, so that there is no random state to carry or to save.
+
+A stream is named by (seed, purpose, step, microbatch, layer, ...): any layout, a recomputed forward and a resumed
+run draw the same numbers. torch's dropout takes no generator, so the global one is reseeded before each use.
+"""
+
+import hashlib
+
+import torch
+
+
+def derive_seed(seed: int, *keys: int | str) -> int:
+    """Return a 63-bit seed for the stream named by `keys` under `seed`."""
+    text = "/".join(str(key) for key in (seed, *keys))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def generator(seed: int, *keys: int | str) -> torch.Generator:
+    """Return a CPU generator at the start of the stream named by `keys`."""
+    return torch.Generator().manual_seed(derive_seed(seed, *keys))
+
+
+class DropoutStream:
+    """The dropout streams of one microbatch: `enter(layer)` starts the stream of a layer, block or head."""
+
+    def __init__(self, seed: int, step: int, microbatch: int, dp_rank: int = 0) -> None:
+        self._keys = (seed, "dropout", step, microbatch, dp_rank)
+
+    def enter(self, place: int | str) -> None:
+        """Reseed torch's global generators (CPU and GPU) for `place`."""
+        torch.manual_seed(derive_seed(*self._keys, place))

@@ -1,0 +1,140 @@
+"""From a config to a trainer: plain functions, one per part."""
+
+import os
+
+import torch
+
+from megatron.config.run import RunConfig
+from megatron.errors import ConfigError
+from megatron.exits.spec import exit_specs
+from megatron.logs import get_logger
+from megatron.model.gpt import GPT
+from megatron.model.partition import partition
+from megatron.model.stage import Stage
+from megatron.optim.lr import LrSchedule, WeightDecaySchedule
+from megatron.optim.optimizer import TrainingOptimizer
+from megatron.optim.scaler import LossScaler
+from megatron.parallel.backend import Backend
+from megatron.parallel.mesh import Mesh
+from megatron.tokenizer.base import Tokenizer
+from megatron.tokenizer.build import build_tokenizer, padded_vocab_size
+from megatron.train.batch_size import training_samples
+from megatron.train.trainer import Trainer
+
+log = get_logger(__name__)
+
+
+def build_trainer(config: RunConfig, backend: Backend | None = None) -> Trainer:
+    """Make all parts of a training run; parameters are still uninitialised (see `start.start_run`)."""
+    backend = backend or Backend.choose(config.parallel.distributed_backend)
+    mesh = Mesh.build(config.parallel, backend)
+    tokenizer = make_tokenizer(config)
+    model = build_model(config, mesh, tokenizer.vocab_size)
+    if config.training.torch_compile:
+        for layer in model.layers.values():
+            layer.compile_body()
+    return Trainer(
+        config=config,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        vocab_size=tokenizer.vocab_size,
+        model=model,
+        stage=Stage(model),
+        optimizer=TrainingOptimizer(model.named_parameters(), config.optimizer),
+        scaler=build_scaler(config),
+        lr=build_lr(config, mesh.size("dp")),
+        weight_decay=build_weight_decay(config, mesh.size("dp")),
+    )
+
+
+def make_tokenizer(config: RunConfig) -> Tokenizer:
+    """The tokenizer of the run's flags. Raises ConfigError where none is named."""
+    spec = config.tokenizer
+    if spec.tokenizer_type is None:
+        raise ConfigError("--tokenizer-type is missing: name the tokenizer that made the data")
+    return build_tokenizer(
+        spec.tokenizer_type,
+        tokenizer_model=spec.tokenizer_model,
+        vocab_file=spec.vocab_file,
+        merge_file=spec.merge_file,
+        vocab_size=spec.vocab_size,
+        vocab_extra_ids=spec.vocab_extra_ids,
+    )
+
+
+def build_model(config: RunConfig, mesh: Mesh, vocab_size: int) -> GPT:
+    """This rank's stage of the model, on its device and in its dtype, uninitialised."""
+    stages = partition(config.model.num_layers, exit_specs(config.exits), mesh.size("pp"))
+    rows = padded_rows(config, vocab_size)
+    with torch.device("meta"):
+        model = GPT(config.model, config.exits, stages[mesh.rank("pp")], rows, config.training)
+    model = model.to(getattr(torch, config.precision.params_dtype))
+    return model.to_empty(device=mesh.backend.device)
+
+
+def padded_rows(config: RunConfig, vocab_size: int) -> int:
+    """Rows of vocabulary matrices. Raises ConfigError where --padded-vocab-size is too small."""
+    fixed = config.model.padded_vocab_size
+    if fixed is None:
+        return padded_vocab_size(
+            vocab_size, config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size
+        )
+    if fixed < vocab_size:
+        raise ConfigError(
+            f"--padded-vocab-size {fixed} is smaller than the tokenizer's {vocab_size} ids: "
+            "raise it, or use the tokenizer that made the data"
+        )
+    return fixed
+
+
+def build_scaler(config: RunConfig) -> LossScaler:
+    """Loss scaling: dynamic for fp16 unless fixed, none otherwise."""
+    precision = config.precision
+    if not precision.fp16:
+        return LossScaler(scale=precision.loss_scale or 1.0)
+    if precision.loss_scale is not None:
+        return LossScaler(scale=precision.loss_scale)
+    return LossScaler(
+        scale=precision.initial_loss_scale,
+        dynamic=True,
+        min_scale=precision.min_loss_scale,
+        window=precision.loss_scale_window,
+        hysteresis=precision.hysteresis,
+        overflows_left=precision.hysteresis,
+    )
+
+
+def build_lr(config: RunConfig, dp_size: int) -> LrSchedule:
+    """The learning-rate schedule, all lengths turned into samples."""
+    flags, training = config.learning_rate, config.training
+    unit = training.global_batch_size or training.micro_batch_size * dp_size
+    decay = flags.lr_decay_samples or (flags.lr_decay_iters or 0) * unit or training_samples(training, dp_size)
+    if flags.lr_warmup_fraction is not None:
+        warmup = flags.lr_warmup_fraction * decay
+    else:
+        warmup = flags.lr_warmup_samples or flags.lr_warmup_iters * unit
+    return LrSchedule(
+        max_lr=flags.lr or 0.0,
+        min_lr=flags.min_lr,
+        style=flags.lr_decay_style,
+        decay_samples=decay,
+        warmup_samples=warmup,
+        init_lr=flags.lr_warmup_init,
+        wsd_style=flags.lr_wsd_decay_style,
+        wsd_decay_samples=flags.lr_wsd_decay_samples or (flags.lr_wsd_decay_iters or 0) * unit,
+    )
+
+
+def build_weight_decay(config: RunConfig, dp_size: int) -> WeightDecaySchedule:
+    """The weight-decay schedule over the whole run."""
+    flags = config.optimizer
+    if flags.weight_decay_incr_style == "constant":
+        return WeightDecaySchedule(flags.weight_decay, flags.weight_decay)
+    length = training_samples(config.training, dp_size)
+    return WeightDecaySchedule(flags.start_weight_decay, flags.end_weight_decay, flags.weight_decay_incr_style, length)
+
+
+def use_cores() -> None:
+    """Give torch the cores this process may use, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
+        torch.set_num_threads(len(os.sched_getaffinity(0)))

@@ -1,0 +1,223 @@
+"""What of a trainer goes into a checkpoint, and how one comes back: native or Megatron's, told apart by content."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint import megatron_legacy, native
+from megatron.checkpoint.find import NATIVE, Found, recognise_if_any
+from megatron.checkpoint.state import MODEL, OPTIMIZER, RunState, copy_into
+from megatron.config.load import from_checkpoint, to_dict
+from megatron.config.run import RunConfig
+from megatron.errors import CheckpointError, ConfigError
+from megatron.logs import get_logger
+from megatron.model.init import initialise
+from megatron.model.names import model_state, named_parts
+from megatron.optim.lr import LrSchedule, WeightDecaySchedule
+from megatron.train.trainer import Trainer
+
+log = get_logger(__name__)
+
+# What a model computes beyond the shapes of its tensors: a difference here would load silently wrong.
+_MEANING = (
+    ("model", "num_layers"), ("model", "hidden_size"), ("model", "num_attention_heads"), ("model", "num_kv_heads"),
+    ("model", "position_embedding_type"), ("model", "rotary_base"), ("model", "rotary_percent"),
+    ("model", "rotary_seq_len_interpolation_factor"), ("model", "use_rope_scaling"), ("model", "rope_scaling_factor"),
+    ("model", "normalization"), ("model", "norm_epsilon"), ("model", "apply_layernorm_1p"),
+    ("model", "apply_residual_connection_post_layernorm"), ("model", "activation"), ("model", "window_size"),
+)  # fmt: skip
+_EXIT_MEANING = ("exit_layer_nums", "pre_exit", "exit_norm")
+
+
+def state_tensors(trainer: Trainer, *, optimizer: bool = True) -> dict[str, Tensor]:
+    """Checkpoint key -> live view, for all tensors of the run."""
+    model, vocab = trainer.model, trainer.vocab_size
+    tensors = {MODEL + name: view for name, view in model_state(model, vocab).items()}
+    if optimizer:
+        for kind, name, tensor in trainer.optimizer.state_tensors():
+            for part, view in named_parts(name, tensor, model, vocab):
+                tensors[f"{OPTIMIZER}{kind}/{part}"] = view
+    return tensors
+
+
+def facts(trainer: Trainer) -> dict[str, Any]:
+    """The JSON part of a checkpoint of this run."""
+    progress = trainer.progress
+    return {
+        **dataclasses.asdict(progress),
+        "optimizer_steps": trainer.optimizer.steps,
+        "grad_scaler": trainer.scaler.facts(),
+        "opt_param_scheduler": {
+            "learning_rate": dataclasses.asdict(trainer.lr),
+            "weight_decay": dataclasses.asdict(trainer.weight_decay),
+        },
+        "config": to_dict(trainer.config),
+        "vocab_size": trainer.vocab_size,
+        "padded_vocab_size": trainer.model.padded_vocab_size,
+        "tokenizer": trainer.tokenizer.fingerprint,
+        "torch": torch.__version__,
+    }
+
+
+def save(trainer: Trainer) -> Path:
+    """Write a native checkpoint of the run's present state under --save; returns its directory."""
+    config = trainer.config.checkpoint
+    state = RunState(state_tensors(trainer, optimizer=config.save_optim), facts(trainer))
+    directory = native.save(Path(config.save), trainer.progress.iteration, state, trainer.tokenizer.files())
+    log.info("saved %s", directory)
+    return directory
+
+
+def start(trainer: Trainer) -> None:
+    """Give the trainer its first values: from --load where there is a checkpoint, else freshly drawn."""
+    found = find(trainer.config)
+    if found is None:
+        initialise(trainer.model, trainer.config.training.seed, trainer.vocab_size)
+        trainer.optimizer.reset_masters()
+        return
+    load(trainer, found)
+    log.info("loaded %s (%s format), going on from iteration %d", found.directory, found.format,
+             trainer.progress.iteration)  # fmt: skip
+
+
+def find(config: RunConfig) -> Found | None:
+    """The checkpoint that --load means; None to start fresh.
+
+    A --load that holds nothing is an error, except where --save is the same directory: the first start of a run
+    that resumes itself.
+    """
+    flags = config.checkpoint
+    if flags.load is None:
+        return None
+    root = Path(flags.load)
+    found = recognise_if_any(root, flags.load_iteration or None)
+    if found is not None:
+        return found
+    if flags.exit_on_missing_checkpoint or flags.save is None or root.resolve() != Path(flags.save).resolve():
+        raise CheckpointError(
+            f"--load {root} holds no checkpoint: check the path, or leave --load out to start from random weights"
+        )
+    log.info("no checkpoint in %s yet: starting from random weights", root)
+    return None
+
+
+def load(trainer: Trainer, found: Found) -> None:
+    """Restore weights and, unless --finetune or --no-load-optim, optimizer and progress from `found`."""
+    flags = trainer.config.checkpoint
+    fresh = flags.finetune or found.release
+    with_optimizer = flags.load_optim and not fresh
+    targets = state_tensors(trainer, optimizer=with_optimizer)
+    ignore = () if with_optimizer else (OPTIMIZER,)
+    what = str(found.directory)
+    if found.format == NATIVE:
+        about = native.read_facts(found.directory)
+        _check_same_model(trainer.config, from_checkpoint(about["config"]), what)
+        _check_same_tokenizer(trainer, about, what)
+        native.load(found.directory, targets, ignore=ignore, convert=True)
+    else:
+        state = megatron_legacy.read(found.directory, trainer.vocab_size, with_optimizer=with_optimizer)
+        about = state.facts
+        _check_same_model(trainer.config, from_checkpoint(about["args"]), what)
+        copy_into(state.tensors, targets, what, convert=True)
+    if with_optimizer:
+        trainer.optimizer.steps = about["optimizer_steps"]
+        trainer.scaler.restore(about.get("grad_scaler") or {})
+    else:
+        trainer.optimizer.reset_masters()
+    if not fresh:
+        _restore_progress(trainer, about)
+        if with_optimizer:
+            _restore_schedules(trainer, about)
+
+
+def _restore_progress(trainer: Trainer, about: dict[str, Any]) -> None:
+    """Continue counting where the checkpoint stopped. `about` holds our names, or Megatron's."""
+    progress = trainer.progress
+    progress.iteration = about["iteration"]
+    progress.consumed_samples = about.get("consumed_samples", about.get("consumed_train_samples", 0))
+    progress.consumed_valid_samples = about.get("consumed_valid_samples", 0)
+    legacy_steps = (about.get("opt_param_scheduler") or {}).get("num_steps", progress.consumed_samples)
+    progress.optimizer_samples = about.get("optimizer_samples", legacy_steps)
+    progress.skipped_steps = about.get("skipped_steps", 0)
+    progress.run = about.get("run", 0) + 1
+
+
+def _restore_schedules(trainer: Trainer, about: dict[str, Any]) -> None:
+    """Hold the flags of learning rate and weight decay against the checkpoint's; see the two override flags."""
+    flags = trainer.config.learning_rate
+    saved = about.get("opt_param_scheduler")
+    if not saved or flags.override_opt_param_scheduler:
+        return
+    lr, weight_decay = _read_schedules(saved, trainer)
+    if flags.use_checkpoint_opt_param_scheduler:
+        trainer.lr, trainer.weight_decay = lr, weight_decay
+        return
+    differing = [
+        f"{field.name}: checkpoint {getattr(theirs, field.name)}, flags {getattr(ours, field.name)}"
+        for theirs, ours in ((lr, trainer.lr), (weight_decay, trainer.weight_decay))
+        for field in dataclasses.fields(ours)
+        if getattr(theirs, field.name) != getattr(ours, field.name)
+    ]
+    if differing:
+        raise ConfigError(
+            "the checkpoint's schedules are not those of the flags (" + "; ".join(differing) + "). Give "
+            "--override-opt_param-scheduler to use the flags, or --use-checkpoint-opt_param-scheduler"
+        )
+
+
+def _read_schedules(saved: dict[str, Any], trainer: Trainer) -> tuple[LrSchedule, WeightDecaySchedule]:
+    """Schedules from a checkpoint of ours, or from Megatron's names (all lengths in samples in both)."""
+    if "learning_rate" in saved:
+        return LrSchedule(**saved["learning_rate"]), WeightDecaySchedule(**saved["weight_decay"])
+    lr = dataclasses.replace(
+        trainer.lr,
+        max_lr=saved["max_lr"],
+        min_lr=saved["min_lr"],
+        style=saved["lr_decay_style"],
+        decay_samples=saved["lr_decay_steps"],
+        warmup_samples=saved["lr_warmup_steps"],
+    )
+    constant = saved["wd_incr_style"] == "constant"
+    length = trainer.weight_decay.length if constant else saved["wd_incr_steps"]
+    return lr, WeightDecaySchedule(saved["start_wd"], saved["end_wd"], saved["wd_incr_style"], length)
+
+
+def _check_same_model(ours: RunConfig, theirs: RunConfig, what: str) -> None:
+    """Refuse flags that would compute something else from the same tensors.
+
+    Exits without tensors of their own may move freely (only said); where they own some, the comparison of tensor
+    names finds other layers, and pre against post is found here.
+    """
+    differing = []
+    for group, name in _MEANING:
+        mine, saved = (getattr(getattr(config, group), name) for config in (ours, theirs))
+        if mine != saved:
+            differing.append(f"{name}: checkpoint {saved}, flags {mine}")
+    for name in _EXIT_MEANING:
+        mine, saved = getattr(ours.exits, name), getattr(theirs.exits, name)
+        if mine != saved and name == "pre_exit" and _own_tensors(ours) and _own_tensors(theirs):
+            differing.append(f"pre_exit: checkpoint {saved}, flags {mine}")
+        elif mine != saved:
+            log.info("%s: %s was %s in the checkpoint and is %s now", what, name, saved, mine)
+    if differing:
+        raise CheckpointError(
+            f"{what} is a checkpoint of another model ({'; '.join(differing)}): "
+            "change the flags, or give --use-checkpoint-args"
+        )
+
+
+def _own_tensors(config: RunConfig) -> bool:
+    """Whether exits have parameters that are not the model's."""
+    exits = config.exits
+    own = exits.untie_exit_output_weights or exits.use_exit_mlp or exits.use_exit_block or exits.exit_norm == "own"
+    return bool(exits.exit_layer_nums) and own
+
+
+def _check_same_tokenizer(trainer: Trainer, about: dict[str, Any], what: str) -> None:
+    if about["tokenizer"] != trainer.tokenizer.fingerprint and not trainer.config.checkpoint.finetune:
+        raise CheckpointError(
+            f"{what} was trained with another tokenizer: use the one in {what}/tokenizer, or --finetune to change it"
+        )

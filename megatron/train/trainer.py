@@ -1,0 +1,56 @@
+"""A training run's parts as one value, and how far it is. Built by `train.build`, used by `step` and `loop`."""
+
+from dataclasses import dataclass, field
+
+from megatron.config.run import RunConfig
+from megatron.model.gpt import GPT
+from megatron.model.stage import Stage
+from megatron.optim.lr import LrSchedule, WeightDecaySchedule
+from megatron.optim.optimizer import TrainingOptimizer
+from megatron.optim.scaler import LossScaler
+from megatron.parallel.mesh import Mesh
+from megatron.parallel.rng import DropoutStream
+from megatron.tokenizer.base import Tokenizer
+
+
+@dataclass
+class Progress:
+    """How far a run is. `optimizer_samples` lags behind `consumed_samples` by skipped steps.
+
+    run: how often the run was started; metrics lines carry it.
+    """
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    consumed_valid_samples: int = 0
+    optimizer_samples: int = 0
+    skipped_steps: int = 0
+    run: int = 0
+
+
+@dataclass
+class Trainer:
+    """Everything a step needs. `vocab_size` counts true ids; the model's matrices may be padded beyond it."""
+
+    config: RunConfig
+    mesh: Mesh
+    tokenizer: Tokenizer
+    vocab_size: int
+    model: GPT
+    stage: Stage
+    optimizer: TrainingOptimizer
+    scaler: LossScaler
+    lr: LrSchedule
+    weight_decay: WeightDecaySchedule
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def uses_dropout(self) -> bool:
+        """Whether the forward pass draws random numbers."""
+        return self.config.model.hidden_dropout > 0 or self.config.model.attention_dropout > 0
+
+    def dropout_stream(self, step: int, microbatch: int) -> DropoutStream | None:
+        """The dropout streams of one microbatch of one step, or None where nothing is dropped."""
+        if not self.uses_dropout:
+            return None
+        return DropoutStream(self.config.training.seed, step, microbatch, self.mesh.rank("dp"))

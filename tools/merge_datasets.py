@@ -1,0 +1,12 @@
+"""Join the .bin/.idx pairs of a directory into one: python tools/merge_datasets.py --help."""
+
+import sys
+from pathlib import Path
+
+# the package of this checkout, wherever the script is called from and whatever else is installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron.cli.merge_datasets import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
