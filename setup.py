@@ -15,7 +15,7 @@ def extensions() -> list:
             ["megatron/data/index_builder.cpp"],
             cxx_std=17,  # stated, so that no compiler is asked before the build that may fail
             # Fused multiply-adds would round differently from numpy and from x86.
-            extra_compile_args=["-O3", "-ffp-contract=off"],
+            extra_compile_args=["-ffp-contract=off"],
             optional=True,
         )
     ]

@@ -73,6 +73,11 @@ def read(directory: Path, vocab_size: int | None = None, with_optimizer: bool = 
     return RunState(tensors, _facts(ranks))
 
 
+def read_args(directory: Path) -> dict[str, Any]:
+    """The arguments a checkpoint was written with, as JSON-able data. Errors as for `read`."""
+    return _facts(_open(directory))["args"]
+
+
 def _open(directory: Path) -> Ranks:
     """Read every rank's file; the first says how many there must be."""
     there = {match.groups(): path for path in directory.iterdir() if (match := RANK_DIRECTORY.fullmatch(path.name))}

@@ -78,20 +78,22 @@ def load(
     metadata = _metadata(directory)
     found = without(_index(metadata), ignore)
     check(found, entries(targets), str(directory), convert=convert)
-    requests = {name: tensor.detach() for name, tensor in targets.items() if name in found}
-    padding = {name: tensor for name, tensor in requests.items() if name.endswith(PADDING)}
-    for name in padding:
-        requests[name] = torch.empty(found[name][0], dtype=found[name][1])
+    requests = {name: tensor.detach() for name, tensor in targets.items() if not name.endswith(PADDING)}
+    padding = {
+        name: torch.empty(found[name][0], dtype=found[name][1])
+        for name in targets.keys() & found.keys()
+        if name.endswith(PADDING)
+    }
     with _dcp_errors(directory, writing=False):
         dcp.load(
-            requests,
+            requests | padding,
             storage_reader=_Reader(directory / TENSORS, metadata),
             planner=dcp.DefaultLoadPlanner(flatten_state_dict=False),
             no_dist=True,
         )
     for name, tensor in targets.items():
         if name.endswith(PADDING):
-            copy_padding(requests[name] if name in padding else None, tensor)
+            copy_padding(padding.get(name), tensor)
 
 
 def read_facts(directory: Path) -> dict[str, Any]:

@@ -5,17 +5,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron.cli.reading_progress import ReadingProgress
+from megatron.cli.reading_progress import ReadingProgress, run_guarded
 from megatron.config.data import TOKENIZER_TYPES, TokenizerConfig
 from megatron.data.preprocess import Encoded, EncodeSettings, PreprocessSettings, Summary, preprocess
 from megatron.data.text_files import find_inputs, input_size
-from megatron.errors import EELLMError
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line; flags named as Megatron-LM names them."""
     result = argparse.ArgumentParser(
         prog="preprocess_data.py",
+        allow_abbrev=False,
         description="Tokenize documents into PREFIX_KEY_document.bin/.idx; "
         "give PREFIX_KEY_document as --data-path to train on them.",
     )
@@ -69,15 +69,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code."""
     args = parser().parse_args(argv)
-    try:
-        _run(args)
-    except EELLMError as err:
-        sys.stderr.write(f"error: {err}\n")
-        return err.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; nothing was written\n")
-        return 130
-    return 0
+    return run_guarded(lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -2,8 +2,13 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from megatron.config.load import Loaded, load
+from megatron.checkpoint.find import recognise_if_any
+from megatron.checkpoint.stored_run import stored_args, stored_config
+from megatron.config.flags import read_argv
+from megatron.config.load import check_training, load, merge_checkpoint_args
+from megatron.config.run import RunConfig
 from megatron.errors import EELLMError
 from megatron.logs import get_logger, setup_logging
 from megatron.train import checkpoints
@@ -11,6 +16,7 @@ from megatron.train.build import build_trainer
 from megatron.train.loop import train
 
 log = get_logger(__name__)
+ENTRY = "pretrain_early_exit_gpt.py"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,17 +39,30 @@ def run_guarded(body: Callable[[], None]) -> int:
 
 
 def _pretrain(argv: list[str]) -> None:
-    loaded = load(argv)
+    config = resolve_config(argv)
+    trainer = build_trainer(config)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    log.info("model: %s parameters on %s (tp=1 pp=1 dp=1)", f"{parameters:,}", trainer.mesh.backend.name())
+    checkpoints.start(trainer)
+    log.info("run ended: %s", train(trainer))
+
+
+def resolve_config(argv: list[str]) -> RunConfig:
+    """The run's config from flags, config file and, where asked for, the checkpoint that --load names.
+
+    With --load and no --num-layers the checkpoint says what isn't given: `--load DIR` alone continues or evaluates.
+    """
+    answers, config_file = read_argv(argv, ENTRY)
+    source = answers.values.get("load")
+    base = None
+    if source is not None and "num_layers" not in answers.values and config_file is None:
+        found = recognise_if_any(Path(source), answers.values.get("load_iteration") or None)
+        base = stored_config(found) if found else None
+    loaded = load(argv, ENTRY, base)
     for note in loaded.notes:
         log.info("%s", note)
-    config = _with_checkpoint_args(loaded)
-    trainer = build_trainer(config)
-    backend = trainer.mesh.backend
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    log.info("model: %s parameters on %s (tp=1 pp=1 dp=1)", f"{parameters:,}", backend.name())
-    checkpoints.start(trainer)
-    log.info("%s", f"run ended: {train(trainer)}")
-
-
-def _with_checkpoint_args(loaded: Loaded):
-    raise NotImplementedError
+    config = loaded.config
+    if config.checkpoint.use_checkpoint_args and (found := checkpoints.find(config)):
+        config = merge_checkpoint_args(config, loaded.given, stored_args(found), str(found.directory))
+    check_training(config)
+    return config

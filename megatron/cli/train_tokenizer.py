@@ -5,21 +5,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron.cli.reading_progress import ReadingProgress
+from megatron.cli.reading_progress import ReadingProgress, run_guarded
 from megatron.data.atomic import atomic_write
 from megatron.data.text_files import BadRecord, check_keys, find_inputs, input_size, read_batches
-from megatron.errors import DataError, EELLMError, StorageError
-from megatron.logs import get_logger, setup_logging
+from megatron.errors import DataError, StorageError
 from megatron.tokenizer.gpt2 import END_OF_TEXT
 from megatron.tokenizer.training import tokenizer_files, train_byte_level_bpe
-
-logger = get_logger(__name__)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
         prog="train_tokenizer.py",
+        allow_abbrev=False,
         description="Train a byte-level BPE tokenizer. Use it with --tokenizer-type HuggingFaceTokenizer "
         "--tokenizer-model DIR.",
     )
@@ -54,16 +52,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code."""
     args = parser().parse_args(argv)
-    setup_logging()
-    try:
-        _run(args)
-    except EELLMError as err:
-        sys.stderr.write(f"error: {err}\n")
-        return err.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; nothing was written\n")
-        return 130
-    return 0
+    return run_guarded(lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -82,15 +71,15 @@ def _run(args: argparse.Namespace) -> None:
         raise DataError(f"--input holds no document ({progress.num_bad} unreadable records); nothing was written")
     size = tokenizer.get_vocab_size()
     if size < args.vocab_size:
-        logger.warning(
-            "the text gives %s entries only (no other pair occurs %s times); --vocab-size asked for %s",
-            f"{size:,}", args.min_frequency, f"{args.vocab_size:,}",
-        )  # fmt: skip
+        sys.stderr.write(
+            f"warning: the text gives {size:,} entries only (no other pair occurs {args.min_frequency} times), "
+            f"--vocab-size asked for {args.vocab_size:,}\n"
+        )
     output = Path(args.output)
     files = _save(tokenizer_files(tokenizer, args.special_tokens[0]), output)
     for name in ("vocab.json", "merges.txt"):
         if output / name not in files and (output / name).exists():
-            logger.warning("%s is not of this training: it holds another vocabulary", output / name)
+            sys.stderr.write(f"warning: {output / name} is of an earlier training, with another vocabulary\n")
     sys.stdout.write(
         f"{size:,} entries from {progress.documents:,} documents, {progress.num_bad:,} unreadable records "
         f"skipped; wrote {' '.join(map(str, files))}\n"

@@ -128,7 +128,7 @@ def _from_word(flag: Flag, word: str) -> Any:
         return _number(flag.kind, word)
     if flag.choices and word not in flag.choices:
         reason = refused.REFUSED_VALUES.get((flag.flag, word))
-        raise ValueError(f"{word!r} {reason}" if reason else f"{word!r} is not one of {', '.join(flag.choices)}")
+        raise ValueError(f"{word}: {reason}" if reason else f"{word!r} is not one of {', '.join(flag.choices)}")
     return word
 
 
@@ -136,10 +136,10 @@ def from_words(flag: Flag, words: Sequence[str]) -> Any:
     """A flag's value from the words after it; ValueError says what is wrong with them."""
     if flag.many:
         if not words:
-            raise ValueError("needs at least one value")
+            raise ValueError("takes at least one value, got none")
         return tuple(_from_word(flag, word) for word in words)
     if len(words) != 1:
-        raise ValueError(f"takes one value, got {len(words)}" + (f": {' '.join(words)}" if words else ""))
+        raise ValueError(f"takes one value, got {' '.join(words) or 'none'}")
     return _from_word(flag, words[0])
 
 

@@ -7,11 +7,11 @@ reported together. Config files are read into the same `Answers`.
 import argparse
 import difflib
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 from megatron.config import refused
 from megatron.config.fields import Flag, all_flags, from_words, spellings, value_of
-from megatron.config.problems import raise_if_any
 from megatron.config.reference import help_text
 from megatron.config.run import RunConfig
 from megatron.errors import ConfigError
@@ -47,7 +47,7 @@ class Answers:
             return
         flag, constant = spellings()[spelled]
         try:
-            value = from_words(flag, words) if constant is None else constant
+            value = from_words(flag, words) if constant is None else _no_words(words, constant)
         except ValueError as error:
             self.problems.append(f"{spelled}: {error}")
         else:
@@ -60,7 +60,8 @@ class Answers:
             reason = refused.refused().get(spelled)
             self.problems.append(f"{spelled}: {reason}" if reason else unknown(spelled, known_flags()))
         elif len(words) != entry.values:
-            self.problems.append(f"{spelled}: takes {entry.values} value(s), got {len(words)}")
+            count = "one value" if entry.values else "no value"
+            self.problems.append(f"{spelled}: takes {count}, got {' '.join(words) or 'none'}")
         elif entry.only and words[0] not in entry.only:
             reason = entry.otherwise or f"not one of {', '.join(entry.only)}"
             self.problems.append(f"{spelled} {words[0]}: {reason}")
@@ -68,6 +69,13 @@ class Answers:
             self.accepted.append(spelled)
 
 
+def _no_words(words: Sequence[str], constant: Any) -> Any:
+    if words:
+        raise ValueError(f"takes no value, got {' '.join(words)}")
+    return constant
+
+
+@cache
 def known_flags() -> tuple[str, ...]:
     """Every flag that is honoured, accepted or refused."""
     return (*spellings(), *refused.accepted(), *refused.refused(), "--config", "--help")
@@ -105,19 +113,16 @@ class _Parser(argparse.ArgumentParser):
 def parser(entry: str) -> argparse.ArgumentParser:
     """A parser that knows every flag by name; `entry` is the command shown in its help."""
     result = _Parser(prog=entry, allow_abbrev=False)
-    none = {word for word, spelling in spellings().items() if spelling.constant is not None}
-    none |= {name for name, entry_ in refused.accepted().items() if entry_.values == 0}
     for word in known_flags():
         if word != "--help":
-            nargs = 0 if word in none else "*"
-            result.add_argument(word, dest=word, action=_Record, nargs=nargs, default=argparse.SUPPRESS)
+            result.add_argument(word, dest=word, action=_Record, nargs="*", default=argparse.SUPPRESS)
     return result
 
 
 def read_argv(argv: Sequence[str], entry: str) -> tuple[Answers, str | None]:
-    """Read a command line; returns its answers and the `--config` file it names.
+    """Read a command line; returns its answers, faults among them, and the `--config` file it names.
 
-    Raises ConfigError with every unknown, refused or badly valued flag. `--help` prints and exits with 0.
+    `--help` prints and exits with 0.
     """
     namespace, rest = parser(entry).parse_known_args(list(argv), argparse.Namespace(given=[]))
     answers, config_file = Answers(), None
@@ -127,9 +132,8 @@ def read_argv(argv: Sequence[str], entry: str) -> tuple[Answers, str | None]:
         elif len(words) == 1:
             config_file = words[0]
         else:
-            answers.problems.append(f"--config: takes one file, got {len(words)}")
+            answers.problems.append(f"--config: takes one file, got {' '.join(words) or 'none'}")
     answers.problems += _leftovers(rest)
-    raise_if_any(answers.problems)
     return answers, config_file
 
 

@@ -130,7 +130,7 @@ def exits_in_range(config: RunConfig) -> Faults:
 def exits_distinct(config: RunConfig) -> Faults:
     layers = config.exits.exit_layer_nums
     for layer in sorted({layer for layer in layers if layers.count(layer) > 1}):
-        yield f"--exit-layer-nums names layer {layer} {layers.count(layer)} times: name it once"
+        yield f"--exit-layer-nums names layer {layer} more than once: name it once"
 
 
 def _one_to_one(exits: ExitConfig, name: str, what: str) -> Faults:

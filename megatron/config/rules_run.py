@@ -15,8 +15,7 @@ def one_process(config: RunConfig) -> Faults:
         size = getattr(config.parallel, f"{word}_model_parallel_size")
         if size > 1:
             yield (
-                f"{word}-parallel size {size} (--{word}-model-parallel-size): "
-                "this version trains on one process; use 1"
+                f"{word}-parallel size {size} (--{word}-model-parallel-size): this version trains on one process; use 1"
             )
 
 
@@ -33,10 +32,15 @@ def _blend_fault(words: tuple[str, ...]) -> str:
         return ""
     if len(words) % 2:
         return f"{len(words)} words are no list of weight and prefix pairs"
-    for word in words[::2]:
-        if not word.replace(".", "", 1).replace("e-", "", 1).isdigit() or float(word) <= 0:
-            return f"{word!r} stands where a weight above 0 belongs"
-    return ""
+    wrong = [word for word in words[::2] if not _is_weight(word)]
+    return f"{wrong[0]!r} stands where a weight above 0 belongs" if wrong else ""
+
+
+def _is_weight(word: str) -> bool:
+    try:
+        return 0 < float(word) < float("inf")
+    except ValueError:
+        return False
 
 
 def blends_are_pairs(config: RunConfig) -> Faults:
@@ -102,10 +106,11 @@ def rampup_divides(config: RunConfig) -> Faults:
     grow = training.global_batch_size - start
     if grow < 0 or grow % increment:
         yield f"--rampup-batch-size: {increment} does not lead from {start} to --global-batch-size {start + grow}"
-    if start % training.micro_batch_size or increment % training.micro_batch_size:
+    micro = max(1, training.micro_batch_size)
+    if start % micro or increment % micro:
         yield (
-            f"--rampup-batch-size: --micro-batch-size {training.micro_batch_size} must divide the first batch "
-            f"{start} and the increment {increment}"
+            f"--rampup-batch-size: --micro-batch-size {micro} must divide the first batch {start} "
+            f"and the increment {increment}"
         )
 
 

@@ -157,18 +157,24 @@ class GPTDataset:
         pieces = []
         for position in range(first, last + 1):
             document = int(self._index["doc_idx"][position])
+            length = int(self.indexed.lengths[document])
             offset = begin if position == first else 0
-            stop = end + 1 if position == last else int(self.indexed.lengths[document])
+            stop = end + 1 if position == last else length
+            if not 0 <= offset <= stop <= length:
+                raise self._cache_error(index)
             tokens = self.indexed.get(document, offset, stop - offset)
             self._check_tokens(tokens, document, offset)
             pieces.append(tokens)
-        sample = np.concatenate(pieces, dtype=np.int64) if pieces else np.empty(0, np.int64)
+        sample = np.concatenate(pieces, dtype=np.int64)
         if len(sample) != self.spec.seq_length + 1:
-            raise DataError(
-                f"index cache in {self._index.source} is damaged: sample {index} of {self.indexed.prefix} has "
-                f"{len(sample)} tokens, not {self.spec.seq_length + 1}; delete the cache to have it built again"
-            )
+            raise self._cache_error(index)
         return sample
+
+    def _cache_error(self, index: int) -> DataError:
+        return DataError(
+            f"index cache in {self._index.source} does not fit {self.indexed.prefix} at sample {index}: it is damaged, "
+            "or the data were replaced during the run; delete the cache to have it built again"
+        )
 
     def _check_tokens(self, tokens: np.ndarray, document: int, offset: int) -> None:
         limit = np.iinfo(np.int64).max if self.vocab_size is None else self.vocab_size
@@ -198,7 +204,10 @@ class GPTDataset:
         def check(arrays: Arrays) -> None:
             _check_permutation("doc_idx", arrays["doc_idx"], documents, plan.num_epochs, np.int32)
             _check_permutation("shuffle_idx", arrays["shuffle_idx"], range(plan.num_samples), 1, _shuffle_dtype(plan))
-            _check_sample_idx(arrays["sample_idx"], plan.num_samples, len(arrays["doc_idx"]))
+            if len(arrays["sample_idx"]) != plan.num_samples + 1:
+                raise ValueError(f"sample_idx has {len(arrays['sample_idx'])} rows, not {plan.num_samples + 1}")
+            last_token = plan.num_samples * spec.seq_length
+            _check_sample_idx(arrays["sample_idx"], arrays["doc_idx"], lengths, last_token)
 
         return IndexRecipe(self.description, ("doc_idx", "sample_idx", "shuffle_idx"), check, build)
 
@@ -218,13 +227,22 @@ def _check_permutation(name: str, values: np.ndarray, ids: range, copies: int, d
         raise ValueError(f"{name} is not a shuffle of {ids.start}..{ids.stop - 1}")
 
 
-def _check_sample_idx(rows: np.ndarray, num_samples: int, num_positions: int) -> None:
-    """Samples must start at the first document and move on; each one's length is checked when it is read."""
-    if rows.dtype != np.int32 or rows.shape != (num_samples + 1, 2):
-        raise ValueError(f"sample_idx is {rows.dtype}{rows.shape}, not int32({num_samples + 1}, 2)")
-    good = not rows[0].any() and rows[-1, 0] < num_positions and rows[:, 1].min() >= 0
-    for start in range(0, num_samples, CHECK_CHUNK):
+def _check_sample_idx(rows: np.ndarray, doc_idx: np.ndarray, lengths: np.ndarray, last_token: int) -> None:
+    """Rows must run forward from the first document to the last sample's last token.
+
+    The end is found by counting tokens, so an index of other data under the same name is noticed. What lies between
+    is checked sample by sample when it is read.
+    """
+    if rows.dtype != np.int32 or rows.ndim != 2 or rows.shape[1] != 2:
+        raise ValueError(f"sample_idx is {rows.dtype}{rows.shape}, not int32 pairs")
+    forward = not rows[0].any() and rows[:, 1].min() >= 0 and rows[-1, 0] < len(doc_idx)
+    for start in range(0, len(rows) - 1, CHECK_CHUNK):
         steps = np.diff(rows[start : start + CHECK_CHUNK + 1].astype(np.int64), axis=0)
-        good = good and bool(np.all((steps[:, 0] > 0) | ((steps[:, 0] == 0) & (steps[:, 1] > 0))))
-    if not good:
+        forward = forward and bool(np.all((steps[:, 0] > 0) | ((steps[:, 0] == 0) & (steps[:, 1] > 0))))
+    if not forward:
         raise ValueError("sample_idx does not run forward through the documents")
+    token = int(rows[-1, 1])
+    for start in range(0, int(rows[-1, 0]), CHECK_CHUNK):
+        token += int(lengths[doc_idx[start : min(start + CHECK_CHUNK, rows[-1, 0])]].sum(dtype=np.int64))
+    if token != last_token:
+        raise ValueError(f"sample_idx ends at token {token} of these documents, not {last_token}: it is of other data")

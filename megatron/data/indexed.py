@@ -94,7 +94,7 @@ class IndexedDataset:
                 raise DataError(f"{self.bin_path} cannot be read at byte {position}: {error.strerror}") from error
             if not pieces[-1]:
                 raise DataError(
-                    f"{self.bin_path} ends at byte {position}, where {remaining} bytes more were expected: "
+                    f"{self.bin_path} ends before byte {position}, where {remaining} more bytes were expected: "
                     "it was cut while in use"
                 )
             position += len(pieces[-1])

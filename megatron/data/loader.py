@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from megatron.data.sampler import BatchOrder, microbatches
+from megatron.errors import DataError
 
 
 class SampleSource(Protocol):
@@ -78,21 +79,40 @@ def build_loader(
     Args:
         dataset: samples of equal length.
         order: which samples, see `sampler.microbatches`.
-        num_workers: reading processes; 0 reads in this one. They change no number.
+        num_workers: reading processes, started at the first batch; 0 reads in this one. They change no number.
         pin_memory: page-locked tensors, for copies to a CUDA device only.
 
-    Building it draws nothing from the global random state. DataError reaches the caller from workers, too.
+    Draws nothing from the global random state. A sample's DataError is raised here, when its batch is due.
     """
     loader = torch.utils.data.DataLoader(
-        dataset,  # type: ignore[arg-type]
+        _ErrorsAsItems(dataset),  # type: ignore[arg-type]
         batch_sampler=microbatches(len(dataset), order),  # type: ignore[arg-type]
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # without one, iter() would advance the global generator
     )
-    return iter(loader)
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
 
 
-def _collate(samples: Sequence[np.ndarray]) -> torch.Tensor:
+class _ErrorsAsItems:
+    """Hands errors on as items: raised in a worker, torch would bury the message in that process's traceback."""
+
+    def __init__(self, dataset: SampleSource) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> np.ndarray | DataError:
+        try:
+            return self.dataset[index]
+        except DataError as error:
+            return error
+
+
+def _collate(samples: Sequence[np.ndarray | DataError]) -> torch.Tensor | DataError:
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
     return torch.from_numpy(np.stack(samples))

@@ -8,7 +8,7 @@ import multiprocessing
 import signal
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron.config.data import TokenizerConfig
 from megatron.data.indexed import IndexedWriter, best_dtype
-from megatron.data.text_files import BadRecord, Batch, Document, check_keys, read_batches
+from megatron.data.text_files import BATCH_BYTES, BadRecord, Batch, Document, check_keys, read_batches
 from megatron.errors import ConfigError, DataError, EELLMError, StorageError
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer
@@ -43,7 +43,8 @@ class EncodeSettings:
 
 @dataclass(frozen=True)
 class PreprocessSettings:
-    """One run: `inputs` as `text_files.find_inputs` gives them; the rest as the flags of the same names."""
+    """One run: `inputs` as `text_files.find_inputs` gives them; the rest as the flags of the same names;
+    `batch_bytes` of input make a task for a worker."""
 
     inputs: tuple[Path, ...]
     output_prefix: str
@@ -52,6 +53,7 @@ class PreprocessSettings:
     partitions: int = 1
     keep_sequential_samples: bool = False
     strict: bool = False
+    batch_bytes: int = BATCH_BYTES
 
 
 @dataclass
@@ -171,14 +173,14 @@ def preprocess(settings: PreprocessSettings, on_batch: Callable[[Encoded], None]
     """
     encode = settings.encode
     _check(settings)
-    encoder = _encoder(encode)
+    encoder = Encoder(encode)
     level = "sentence" if encode.split_sentences else "document"
     prefixes = {key: f"{settings.output_prefix}_{key}_{level}" for key in encode.keys}
     documents = tokens = skipped = 0
     first_bad: BadRecord | None = None
-    batches = read_batches(settings.inputs, encode.keys)
+    batches = read_batches(settings.inputs, encode.keys, settings.batch_bytes)
     with (
-        closing(_encode_all(batches, encode, settings.workers)) as results,
+        closing(_encode_all(batches, encoder, settings.workers)) as results,
         _writers(prefixes, encoder.dtype, settings) as writers,
     ):
         for result in results:
@@ -209,20 +211,19 @@ def _check(settings: PreprocessSettings) -> None:
 
 
 @lru_cache(maxsize=1)
-def _encoder(settings: EncodeSettings) -> Encoder:
-    """The encoder of this process."""
+def _worker_encoder(settings: EncodeSettings) -> Encoder:
+    """The encoder of a worker process, built at its first batch."""
     return Encoder(settings)
 
 
-def _encode(batch: Batch, settings: EncodeSettings) -> Encoded:
-    """What a worker does."""
-    return _encoder(settings).encode_batch(batch)
+def _encode_in_worker(batch: Batch, settings: EncodeSettings) -> Encoded:
+    return _worker_encoder(settings).encode_batch(batch)
 
 
-def _encode_all(batches: Iterator[Batch], settings: EncodeSettings, workers: int) -> Iterator[Encoded]:
+def _encode_all(batches: Iterator[Batch], encoder: Encoder, workers: int) -> Generator[Encoded, None, None]:
     """Results in the order of `batches`; never more than a few batches a worker are under way."""
     if workers == 1:
-        yield from (_encode(batch, settings) for batch in batches)
+        yield from map(encoder.encode_batch, batches)
         return
     # spawn: the same on every platform, and safe beside the threads of the tokenizer libraries
     pool = ProcessPoolExecutor(
@@ -234,7 +235,7 @@ def _encode_all(batches: Iterator[Batch], settings: EncodeSettings, workers: int
     pending: deque[Future[Encoded]] = deque()
     try:
         for batch in batches:
-            pending.append(pool.submit(_encode, batch, settings))
+            pending.append(pool.submit(_encode_in_worker, batch, encoder.settings))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:

@@ -66,8 +66,9 @@ class Stage:
     ) -> tuple[LossTerms, list[tuple[Tensor, Tensor]]]:
         """E: every head's loss, its gradients in the head's parameters, and (tap, gradient) pairs for B."""
         terms, gradients = LossTerms(), []
-        labels, mask = batch.labels.t().flatten(), batch.loss_mask
-        token_weights = objective.token_weights(mask).t().flatten()
+        labels = batch.labels.t().flatten()
+        precise = torch.promote_types(torch.float32, activations.hidden.dtype)
+        token_weights = objective.token_weights(batch.loss_mask.to(precise)).t().flatten()
         for label in self.model.head_labels():
             taps = activations.taps[label]
             leaves = tuple(tap.detach().requires_grad_(tap.requires_grad) for tap in taps)

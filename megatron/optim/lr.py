@@ -23,11 +23,11 @@ class LrSchedule:
             return self.init_lr + (self.max_lr - self.init_lr) * samples / self.warmup_samples
         if self.style == "constant":
             return self.max_lr
+        if samples > self.decay_samples:
+            return self.min_lr
         if self.style == "inverse-square-root":
             start = max(self.warmup_samples, 1)
             return max(self.min_lr, self.max_lr * math.sqrt(start) / math.sqrt(max(samples, 1)))
-        if samples > self.decay_samples:
-            return self.min_lr
         return self.min_lr + self._remaining(samples) * (self.max_lr - self.min_lr)
 
     def _remaining(self, samples: float) -> float:

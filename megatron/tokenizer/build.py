@@ -32,7 +32,7 @@ def build_tokenizer(
     Raises ConfigError naming the flag: unknown type, missing flag, missing or unreadable file, or a
     library to be installed.
     """
-    _check_type(tokenizer_type, vocab_extra_ids)
+    tokenizer_type = _known_type(tokenizer_type, vocab_extra_ids)
     match tokenizer_type:
         case "NullTokenizer":
             if vocab_size is None:
@@ -51,7 +51,7 @@ def build_tokenizer(
     return Llama2Tokenizer(model) if tokenizer_type == "Llama2Tokenizer" else GPTSentencePieceTokenizer(model)
 
 
-def _check_type(tokenizer_type: str | None, vocab_extra_ids: int) -> None:
+def _known_type(tokenizer_type: str | None, vocab_extra_ids: int) -> str:
     if not tokenizer_type:
         raise ConfigError(f"--tokenizer-type is missing; choose one of {', '.join(TOKENIZER_TYPES)}")
     if tokenizer_type.startswith("BertWordPiece"):
@@ -67,6 +67,7 @@ def _check_type(tokenizer_type: str | None, vocab_extra_ids: int) -> None:
         raise ConfigError(f"--vocab-extra-ids must not be negative, got {vocab_extra_ids}")
     if vocab_extra_ids and tokenizer_type != "SentencePieceTokenizer":
         raise ConfigError(f"--vocab-extra-ids works with SentencePieceTokenizer only, not {tokenizer_type}")
+    return tokenizer_type
 
 
 def _path(flag: str, value: str | Path | None, tokenizer_type: str) -> Path:

@@ -55,7 +55,7 @@ class AutoTokenizerAdapter(Tokenizer):
                 "transformers library: pip install 'ee-llm[hf]'"
             ) from err
         try:
-            self._library = AutoTokenizer.from_pretrained(
+            self._library: Any = AutoTokenizer.from_pretrained(
                 str(directory), local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError, ImportError, KeyError, TypeError) as err:

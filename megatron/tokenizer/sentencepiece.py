@@ -129,7 +129,8 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
     def detokenize(self, ids: Sequence[int]) -> str:
         """Special tokens show by name with a blank on either side, as the original prints them."""
         self._check_ids(ids)
-        text, plain = "", []
+        text = ""
+        plain: list[int] = []
         for token in ids:
             if token in self._special_names:
                 text += f"{self._model.decode(plain)} {self._special_names[token]} "

@@ -45,7 +45,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         fixture = f"{kind}_case"
         if fixture in metafunc.fixturenames:
             cases = find_cases(golden_root(metafunc.config), kind)
-            missing = pytest.param(None, marks=pytest.mark.skip(reason="no golden cases of this kind: give --golden DIR"))
+            missing = pytest.param(
+                None, marks=pytest.mark.skip(reason="no golden cases of this kind: give --golden DIR")
+            )
             metafunc.parametrize(fixture, cases or [missing], ids=lambda d: d.name if d else "none")
 
 

@@ -8,6 +8,7 @@ caches made from them), and files that hold named cases of `args` and `result` (
 import hashlib
 import json
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,8 @@ def caches(directory: Path) -> dict[str, dict[str, bytes]]:
     return {dsc.read_text(): npy_bytes(dsc) for dsc in directory.glob("*.dsc")}
 
 
-def recipes(golden_dir: Path, text: str) -> tuple[IndexedDataset, range, SampleSpec]:
+def arguments(text: str) -> tuple[IndexedDataset, range, SampleSpec]:
+    """What `GPTDataset` needs to make the index that a description names."""
     fields = read_description(text)
     split = None if fields["Split"] == "None" else fields["Split"]
     indexed = IndexedDataset(fields["Data prefix"])
@@ -89,7 +91,7 @@ def test_pair_is_rewritten_byte_for_byte(golden_dir: Path, pair: str | None, tmp
     original = IndexedDataset(prefix)
     borders = original.document_indices.tolist()
     with IndexedWriter(tmp_path / "copy", original.dtype) as writer:
-        for first, last in zip(borders, borders[1:], strict=False):
+        for first, last in pairwise(borders):
             sequences = [original[i] for i in range(first, last)]
             tokens = np.concatenate(sequences) if sequences else []
             writer.add_document(tokens, [len(sequence) for sequence in sequences])
@@ -101,7 +103,7 @@ def test_cache_is_rebuilt_byte_for_byte(golden_dir: Path, cache: str | None, tmp
     dsc = golden_dir / needs(cache)
     monkeypatch.chdir(golden_dir)
     text = dsc.read_text()
-    dataset = GPTDataset(*recipes(golden_dir, text), str(tmp_path))
+    dataset = GPTDataset(*arguments(text), str(tmp_path))
     assert dataset.description == text
     assert caches(tmp_path) == {text: npy_bytes(dsc)}
 
@@ -139,5 +141,5 @@ def test_recorded_caches_are_used(golden_dir: Path, cache: str | None, tmp_path:
     for name, content in npy_bytes(dsc).items():
         (tmp_path / f"{stem}{name}").write_bytes(content)
     monkeypatch.setattr("megatron.data.gpt.build_doc_idx", lambda *_: pytest.fail("the cache was not used"))
-    dataset = GPTDataset(*recipes(golden_dir, text), str(tmp_path))
+    dataset = GPTDataset(*arguments(text), str(tmp_path))
     assert len(dataset[0]) == dataset.spec.seq_length + 1

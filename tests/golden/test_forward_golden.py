@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from megatron.config.load import load
 
 from megatron.checkpoint import megatron_legacy
 from megatron.checkpoint.find import recognise
-from megatron.checkpoint.state import MODEL
-from megatron.config.load import load
+from megatron.checkpoint.legacy_names import native_name
 from megatron.data.loader import make_microbatch
 from megatron.exits.spec import FINAL
 from megatron.model.names import named_parts
@@ -20,8 +20,8 @@ from megatron.train import checkpoints
 from megatron.train.build import build_trainer
 from megatron.train.step import make_objective
 from megatron.train.trainer import Trainer
-from tests.golden.conftest import read_case
 from tests.golden.argv import redirect
+from tests.golden.conftest import read_case
 
 # fp32 sums of another order than the recording's: errors of a few ulp of values up to ~10.
 TOLERANCE = 1e-5
@@ -37,8 +37,7 @@ def flawed_exits(case: dict) -> bool:
 def build(case_dir: Path, golden_dir: Path, tmp_path: Path) -> Trainer:
     case = read_case(case_dir)
     trainer = build_trainer(load(redirect(case["argv"], golden_dir, tmp_path)).config, Backend.choose("gloo"))
-    source = golden_dir / case.get("weights_from", case_dir.name)
-    source = source if source.name == "ckpt" else source / "ckpt"
+    source = golden_dir / case.get("weights_from", f"{case_dir.name}/ckpt").split()[0]
     state = megatron_legacy.read(recognise(source).directory, trainer.vocab_size, with_optimizer=False)
     checkpoints.copy_into(state.tensors, checkpoints.state_tensors(trainer, optimizer=False), str(source))
     return trainer
@@ -90,24 +89,35 @@ def test_gradients(forward_case: Path, golden_dir: Path, tmp_path: Path) -> None
         pytest.skip("recorded with the original's non-causal exit block, which we do not follow")
     trainer = build(forward_case, golden_dir, tmp_path)
     step(trainer, batches(forward_case, trainer))
-    ours = {
-        part: view.numpy()
-        for name, parameter in trainer.model.named_parameters()
-        for part, view in named_parts(name, parameter.main_grad, trainer.model, trainer.vocab_size)
-    }
-    recorded = dict(np.load(forward_case / "grads.npz"))
-    renamed = megatron_legacy.rename_parameters(
-        {name: torch.from_numpy(value) for name, value in recorded.items()}, case["args"], trainer.vocab_size
-    )
+    ours = by_part(trainer, {name: p.main_grad for name, p in trainer.model.named_parameters()})
+    exits = tuple(trainer.config.exits.exit_layer_nums)
+    recorded = {}
+    untied = case["args"]["untie_embeddings_and_output_weights"]
+    for name, value in np.load(forward_case / "grads.npz").items():
+        legacy = name.removeprefix("language_model.")
+        if name == "output_weight":  # the recording's name of the matrix that makes the final logits
+            legacy = "output_layer.weight" if untied else "embedding.word_embeddings.weight"
+        recorded[native_name(legacy, 0, exits)] = torch.from_numpy(value)
+    renamed = by_part(trainer, recorded)
     assert set(renamed) == set(ours)
     for name, expected in renamed.items():
-        np.testing.assert_allclose(ours[name], expected.numpy(), rtol=0, atol=TOLERANCE, err_msg=name)
+        np.testing.assert_allclose(ours[name].numpy(), expected.numpy(), rtol=0, atol=TOLERANCE, err_msg=name)
     norm = float(torch.nn.utils.get_total_norm([p.main_grad for p in trainer.model.parameters()]))
     assert norm == pytest.approx(case["grad_norm_total"], rel=1e-5)
+
+
+def by_part(trainer: Trainer, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        part: view
+        for name, tensor in tensors.items()
+        for part, view in named_parts(name, tensor, trainer.model, trainer.vocab_size)
+    }
 
 
 def step(trainer: Trainer, microbatches: list) -> list:
     trainer.model.train()
     trainer.optimizer.zero_grad()
     count = len(microbatches)
-    return run(one_f_one_b(1, count)[0], trainer.stage, microbatches, [None] * count, make_objective(trainer, microbatches))
+    return run(
+        one_f_one_b(1, count)[0], trainer.stage, microbatches, [None] * count, make_objective(trainer, microbatches)
+    )

@@ -1,0 +1,136 @@
+"""The front door of configuration: command line (and `--config` file) in, a checked RunConfig out.
+
+Reads no file but the one that `--config` names. What lies beside checkpoints is stored.py's, offered here too.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron.config import refused
+from megatron.config.fields import all_flags, build, by_name, from_plain, spellings
+from megatron.config.flags import Answers, known_flags, read_argv, unknown
+from megatron.config.problems import raise_if_any
+from megatron.config.rules import broken, check_training, without_effect
+from megatron.config.run import RunConfig
+from megatron.config.stored import from_checkpoint, from_dict, merge_checkpoint_args, save_config, to_dict
+from megatron.errors import ConfigError
+
+__all__ = [
+    "Loaded",
+    "check_training",
+    "from_checkpoint",
+    "from_dict",
+    "load",
+    "merge_checkpoint_args",
+    "save_config",
+    "to_dict",
+]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What the user asked for: the config, the fields that were given by name, and lines to log."""
+
+    config: RunConfig
+    given: frozenset[str]
+    notes: tuple[str, ...]
+
+
+def load(argv: Sequence[str], entry: str = "pretrain_early_exit_gpt.py", base: RunConfig | None = None) -> Loaded:
+    """Read a command line (without the program's name) and check it.
+
+    `base` supplies what is not given: a checkpoint's config, or the defaults. With `--use-checkpoint-args` the
+    rules of model and exits wait for `merge_checkpoint_args`.
+    Raises ConfigError naming every fault at once; `--help` prints and exits with 0.
+    """
+    answers, config_file = read_argv(argv, entry)
+    from_file = Answers() if config_file is None else read_config_file(config_file)
+    values = from_file.values | answers.values
+    config = build(values, base or RunConfig())
+    problems = [*(f"{config_file}: {fault}" for fault in from_file.problems), *answers.problems]
+    rules = broken(config, shape=not config.checkpoint.use_checkpoint_args)
+    raise_if_any(problems + _unrelated(rules, problems))
+    notes = list(without_effect(config))
+    if accepted := dict.fromkeys(from_file.accepted + answers.accepted):
+        notes.insert(0, f"accepted without effect: {', '.join(accepted)}")
+    return Loaded(config, frozenset(values), tuple(notes))
+
+
+def _unrelated(faults: list[str], problems: list[str]) -> list[str]:
+    """The faults about no flag that `problems` name already: those only follow from a value that wasn't read."""
+    named = {word.lstrip("-").replace("_", "-") for word in re.findall(r"[\w-]+", " ".join(problems))}
+    return [fault for fault in faults if not named & set(re.findall(r"(?<=--)\w[\w-]*", fault))]
+
+
+def read_config_file(path: str) -> Answers:
+    """Read a YAML or JSON mapping of settings, flat or in sections, keys with dashes or underscores.
+
+    Its faults are in the answers; raises ConfigError if the file cannot be read at all.
+    """
+    answers = Answers()
+    sections = {flag.section for flag in all_flags()}
+    for key, value in _parse(path).items():
+        if key in sections and isinstance(value, dict):
+            for inner, one in value.items():
+                _take(answers, str(inner), one)
+        else:
+            _take(answers, str(key), value)
+    return answers
+
+
+def _parse(path: str) -> dict[Any, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        data = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}; give a readable file") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path} is not valid {_format(path)}: {error}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"--config {path}: expected keys and values, found {type(data).__name__}")
+    return data
+
+
+def _format(path: str) -> str:
+    return "JSON" if path.endswith(".json") else "YAML"
+
+
+def _take(answers: Answers, key: str, value: Any) -> None:
+    """Record one key of a config file: a field's name, or any spelling of a flag."""
+    word = f"--{key.lstrip('-')}"
+    if word not in known_flags():
+        word = word.replace("_", "-")
+    flag = by_name().get(key.lstrip("-").replace("-", "_"))
+    if flag is None and word in spellings():
+        flag, constant = spellings()[word]
+        if constant is not None:
+            if not isinstance(value, bool):
+                answers.problems.append(f"{key}: {value!r} is neither true nor false")
+            elif value:
+                answers.set(flag, constant, word)
+            return
+    if flag is None:
+        _take_foreign(answers, key, word, value)
+    elif value is not None or not (flag.optional or flag.many):
+        try:
+            answers.set(flag, from_plain(flag, value), word)
+        except ValueError as error:
+            answers.problems.append(f"{key}: {error}")
+
+
+def _take_foreign(answers: Answers, key: str, word: str, value: Any) -> None:
+    """Record a key that is no setting of ours; one that is switched off asks for nothing."""
+    if word not in refused.accepted() and word not in refused.refused():
+        answers.problems.append(unknown(key, [*by_name(), *(flag.removeprefix("--") for flag in known_flags())]))
+    elif value is not None and value is not False:
+        takes_none = value is True
+        words = [] if takes_none else [str(one) for one in (value if isinstance(value, list) else [value])]
+        answers.foreign(word, words)

@@ -1,0 +1,58 @@
+"""Toy configs, models and batches for tests and examples: small enough for milliseconds, complete in kind."""
+
+import torch
+
+from megatron.config.model import ExitConfig, ModelConfig
+from megatron.data.loader import Microbatch, make_microbatch
+from megatron.exits.spec import exit_specs
+from megatron.model.gpt import GPT
+from megatron.model.init import initialise
+from megatron.model.partition import partition
+
+GPT_SHAPE = dict(num_layers=4, hidden_size=32, num_attention_heads=4, seq_length=16, init_method_std=0.1)
+LLAMA_SHAPE = GPT_SHAPE | dict(
+    normalization="RMSNorm",
+    position_embedding_type="rope",
+    swiglu=True,
+    ffn_hidden_size=48,
+    add_bias_linear=False,
+    untie_embeddings_and_output_weights=True,
+    group_query_attention=True,
+    num_query_groups=2,
+)
+
+
+def model_config(family: str = "gpt", dropout: float = 0.0, **changes: object) -> ModelConfig:
+    """A toy `gpt` or `llama`; keyword arguments override its fields."""
+    shape = LLAMA_SHAPE if family == "llama" else GPT_SHAPE
+    return ModelConfig(**(shape | dict(attention_dropout=dropout, hidden_dropout=dropout) | changes))
+
+
+def build_gpt(
+    model: ModelConfig,
+    exits: ExitConfig | None = None,
+    vocab_size: int = 60,
+    padded_vocab_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 1,
+) -> GPT:
+    """An initialised one-stage model with gradient buffers, on the CPU. Norms and biases are perturbed too."""
+    exits = exits or ExitConfig()
+    stage = partition(model.num_layers, exit_specs(exits), 1)[0]
+    gpt = GPT(model, exits, stage, padded_vocab_size).to(dtype)
+    initialise(gpt, seed, vocab_size)
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in gpt.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=noise, dtype=dtype)
+            parameter.main_grad = torch.zeros_like(parameter)
+            parameter.grad = parameter.main_grad
+    return gpt
+
+
+def random_batch(batch: int = 2, length: int = 16, vocab_size: int = 60, seed: int = 0, **flags: bool) -> Microbatch:
+    """A microbatch of uniformly drawn tokens; token 0 plays the end of document. `flags` as of `make_microbatch`."""
+    source = torch.Generator().manual_seed(seed)
+    text = torch.randint(0, vocab_size, (batch, length + 1), generator=source)
+    return make_microbatch(text, 0, **flags)

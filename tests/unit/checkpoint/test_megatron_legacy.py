@@ -1,0 +1,236 @@
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.checkpoint import megatron_legacy
+from megatron.errors import CheckpointError
+
+VOCAB, HEADS, HIDDEN = 11, 4, 8
+
+
+def read(root: Path, **options):
+    return megatron_legacy.read(root / "iter_0000007", **options)
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 4)]
+
+
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"untied": True, "gated": True, "bias": False},
+        {"exits": (2, 3), "exit_norm": True},
+        {"exits": (1, 4), "exit_mlp": True, "exit_norm": True, "gated": True},
+        {"exits": (2, 4), "exit_block": True, "exit_norm": True, "untied": True, "untied_exits": True},
+        {"exits": (3, 1), "untied_exits": True, "exit_mlp": True, "gated": True, "bias": False},
+    ],
+)
+def test_every_layout_gives_the_whole_tensors(tmp_path, legacy, recipe, options, tp, pp):
+    expected = legacy(tmp_path, recipe(tp=tp, pp=pp, optimizer="fp32", **options))
+    state = read(tmp_path)
+    assert_same(state.tensors, expected)
+    assert state.facts["optimizer_step"] == 7
+
+
+def test_interleaved_chunks_are_numbered_chunk_by_chunk(tmp_path, legacy, recipe):
+    expected = legacy(tmp_path, recipe(layers=8, pp=2, chunks=2, tp=2, optimizer="fp32"))
+    assert_same(read(tmp_path).tensors, expected)
+
+
+def test_mixed_precision_state_has_masters_and_scaler(tmp_path, legacy, recipe):
+    expected = legacy(tmp_path, recipe(tp=2, pp=2, exits=(2,), exit_norm=True, optimizer="mixed", gated=True))
+    state = read(tmp_path)
+    assert_same(state.tensors, expected)
+    assert any(name.startswith("optimizer/master/layers.3.mlp.gate") for name in state.tensors)
+    assert state.facts["grad_scaler"] == {"scale": 8.0}
+
+
+def test_tuning_has_state_for_exits_only(tmp_path, legacy, recipe):
+    tuned = recipe(exits=(2, 4), exit_norm=True, exit_mlp=True, untied=True, untied_exits=True)
+    expected = legacy(tmp_path, replace(tuned, optimizer="fp32", tune_exit=True, tp=2))
+    state = read(tmp_path)
+    assert_same(state.tensors, expected)
+    assert {name.split("/")[2].split(".")[0] for name in state.tensors if name.startswith("optimizer/")} == {"exits"}
+
+
+def test_padding_rows_are_kept_apart(tmp_path, legacy, recipe):
+    expected = legacy(tmp_path, recipe(exits=(2,), untied_exits=True, optimizer="fp32", tp=2))
+    tensors = read(tmp_path, vocab_size=VOCAB).tensors
+    for name in ("model/embedding.word.weight", "optimizer/exp_avg/exits.2.output.weight"):
+        assert torch.equal(tensors[name], expected[name][:VOCAB])
+        assert torch.equal(tensors[f"{name}.padding"], expected[name][VOCAB:])
+    assert "model/embedding.position.weight.padding" not in tensors
+    assert "model/embedding.word.weight.padding" not in read(tmp_path, vocab_size=16).tensors
+    with pytest.raises(CheckpointError, match="16 rows, the tokenizer 17 ids"):
+        read(tmp_path, vocab_size=17)
+
+
+def test_facts_are_plain_json(tmp_path, legacy, recipe):
+    legacy(tmp_path, recipe(exits=(2,), optimizer="fp32", args={"betas": (0.9, 0.95), "scale": torch.tensor(2.0)}))
+    facts = read(tmp_path).facts
+    assert facts["args"]["model_type"] == "ModelType(1)"
+    assert facts["args"]["params_dtype"] == "float32"
+    assert facts["args"]["betas"] == [0.9, 0.95]
+    assert facts["args"]["scale"] == 2.0
+    assert (facts["iteration"], facts["consumed_train_samples"], facts["consumed_valid_samples"]) == (7, 112, None)
+    assert facts["opt_param_scheduler"] == {"max_lr": 0.1, "num_steps": 112}
+
+
+def test_optimizer_can_be_left_aside(tmp_path, legacy, recipe):
+    legacy(tmp_path, recipe(optimizer="fp32"))
+    assert all(name.startswith("model/") for name in read(tmp_path, with_optimizer=False).tensors)
+
+
+def test_sharded_optimizer_is_refused_with_the_mend(tmp_path, legacy, recipe):
+    expected = legacy(tmp_path, recipe(optimizer="sharded", tp=2))
+    with pytest.raises(CheckpointError, match=r"distrib_optim.pt.*--no-load-optim"):
+        read(tmp_path)
+    assert_same(read(tmp_path, with_optimizer=False).tensors, expected)
+    for file in tmp_path.rglob("distrib_optim.pt"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="sharded"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+@pytest.mark.parametrize(("version", "tp"), [(None, 1), (0, 2), (1.0, 1), (1.0, 2), (2.0, 2)])
+def test_old_orders_of_qkv_rows(tmp_path, legacy, recipe, version, tp, kind):
+    rows = legacy(tmp_path, recipe(tp=tp, version=version))[f"model/layers.1.attention.qkv.{kind}"]
+    found = read(tmp_path).tensors[f"model/layers.1.attention.qkv.{kind}"]
+    heads, head = HEADS // tp, HIDDEN // HEADS
+    for rank, (shard, ours) in enumerate(zip(rows.chunk(tp), found.chunk(tp), strict=True)):
+        for n in range(heads):
+            for part in range(3):
+                for d in range(head):
+                    old = {
+                        None: (part * heads + n) * head + d,
+                        0: (part * heads + n) * head + d,
+                        1.0: (n * head + d) * 3 + part,
+                        2.0: (n * 3 + part) * head + d,
+                    }[version]
+                    assert torch.equal(ours[(n * 3 + part) * head + d], shard[old]), (rank, n, part, d)
+
+
+def test_names_of_older_releases(tmp_path, legacy, recipe):
+    expected = legacy(tmp_path, recipe())
+    path = tmp_path / "iter_0000007/mp_rank_00/model_optim_rng.pt"
+    state = torch.load(path, weights_only=False)
+    encoder = state["model"]["language_model"].pop("encoder")
+    state["model"]["language_model"]["transformer"] = {
+        name.replace("self_attention", "attention").replace("norm", "layernorm"): tensor
+        for name, tensor in encoder.items()
+    }
+    torch.save(state, path)
+    assert_same(read(tmp_path).tensors, expected)
+
+
+def test_without_arguments_the_directories_tell_the_layout(tmp_path, legacy, recipe):
+    expected = legacy(tmp_path, recipe(tp=2, pp=2))
+    for path in tmp_path.rglob("*.pt"):
+        state = torch.load(path, weights_only=False)
+        del state["args"]
+        torch.save(state, path)
+    assert_same(read(tmp_path).tensors, expected)
+
+
+def test_missing_ranks_are_named(tmp_path, legacy, recipe):
+    legacy(tmp_path, recipe(tp=2, pp=2))
+    shutil.rmtree(tmp_path / "iter_0000007/mp_rank_01_000")
+    (tmp_path / "iter_0000007/mp_rank_00_001/model_optim_rng.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks mp_rank_00_001, mp_rank_01_000: copy"):
+        read(tmp_path)
+
+
+def test_partial_tuning_output_says_where_the_rest_is(tmp_path, legacy, recipe):
+    legacy(tmp_path, recipe(pp=2, exits=(1,), untied_exits=True, untied=True, tune_exit=True))
+    shutil.rmtree(tmp_path / "iter_0000007/mp_rank_00_001")
+    with pytest.raises(CheckpointError, match="lacks mp_rank_00_001: tuning exits"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("names", [[], ["mp_rank_01"], ["mp_rank_00_000_000"], ["mp_rank_00", "mp_rank_00_000"]])
+def test_strange_rank_directories_are_refused(tmp_path, names):
+    for name in names:
+        (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError, match=r"lacks mp_rank_00|experts|mixes"):
+        megatron_legacy.read(tmp_path)
+
+
+def edit(root: Path, change) -> None:
+    path = root / "iter_0000007/mp_rank_00/model_optim_rng.pt"
+    state = torch.load(path, weights_only=False)
+    change(state)
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("model"), "holds no model"),
+        (lambda s: setattr(s["args"], "num_layers", 5), "holds 4 layers, its arguments say 5"),
+        (lambda s: setattr(s["args"], "tensor_model_parallel_size", 10**9), "tensor_model_parallel_size"),
+        (lambda s: s["model"]["language_model"].update(pooler={"w": torch.ones(1)}), "pooler.w, which no"),
+        (lambda s: setattr(s["args"], "exit_layer_nums", [9]), "exit_output_layer.0.weight, which no"),
+        (lambda s: s["optimizer"]["param_groups"][0]["params"].pop(), "belongs to other parameters"),
+        (lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.ones(3)), "belongs to other parameters"),
+        (lambda s: s["optimizer"].update(state={}, param_groups=[]), "belongs to other parameters"),
+        (lambda s: s.update(optimizer=None), "no optimizer state"),
+        (lambda s: s.update(args=[1]), "no namespace"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, legacy, recipe, change, message):
+    legacy(tmp_path, recipe(exits=(2,), untied_exits=True, optimizer="fp32"))
+    edit(tmp_path, change)
+    with pytest.raises(CheckpointError, match=message):
+        read(tmp_path)
+
+
+def test_masters_of_other_shapes_are_refused(tmp_path, legacy, recipe):
+    legacy(tmp_path, recipe(optimizer="mixed"))
+    edit(tmp_path, lambda s: s["optimizer"]["fp32_from_fp16_params"][1].pop())
+    with pytest.raises(CheckpointError, match="fp32 weights belong to other parameters"):
+        read(tmp_path)
+
+
+def test_old_rows_need_the_number_of_heads(tmp_path, legacy, recipe):
+    legacy(tmp_path, recipe(version=1.0, args={"num_attention_heads": None}))
+    with pytest.raises(CheckpointError, match="--num-attention-heads"):
+        read(tmp_path)
+
+
+def test_unequal_copies_are_reported(tmp_path, legacy, recipe, caplog):
+    expected = legacy(tmp_path, recipe(tp=2, pp=2))
+    path = tmp_path / "iter_0000007/mp_rank_01_001/model_optim_rng.pt"
+    state = torch.load(path, weights_only=False)
+    state["model"]["word_embeddings_for_head"]["weight"].zero_()
+    state["model"]["language_model"]["encoder"]["final_norm.bias"].zero_()
+    torch.save(state, path)
+    with caplog.at_level(logging.WARNING):
+        assert_same(read(tmp_path).tensors, expected)
+    assert "final_norm.bias" in caplog.text
+    assert "word_embeddings_for_head" in caplog.text
+
+
+def test_equal_copies_are_not_reported(tmp_path, legacy, recipe, caplog):
+    legacy(tmp_path, recipe(tp=2, pp=4, exits=(2,), exit_norm=True, optimizer="mixed"))
+    read(tmp_path)
+    assert not caplog.records
+
+
+def test_shards_that_differ_in_names_are_refused(tmp_path, legacy, recipe):
+    legacy(tmp_path, recipe(tp=2))
+    edit(tmp_path, lambda s: s["model"]["language_model"]["encoder"].pop("final_norm.bias"))
+    with pytest.raises(CheckpointError, match="differ in names"):
+        read(tmp_path)

@@ -1,0 +1,319 @@
+import argparse
+import io
+import os
+import pickle
+import pickletools
+import sys
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.checkpoint import native
+from megatron.checkpoint.safe import Namespace, read_dcp_metadata, read_legacy
+from megatron.checkpoint.state import RunState
+from megatron.errors import CheckpointError
+
+
+class Reduce:
+    """Pickles as a call of `function(*args)`, with a state if one is given."""
+
+    def __init__(self, function, args, state=None):
+        self.parts = (function, args) if state is None else (function, args, state)
+
+    def __reduce__(self):
+        return self.parts
+
+
+def touch(path: Path) -> str:
+    return f"open({str(path)!r}, 'w').close()"
+
+
+def nested(path: Path) -> bytes:
+    """A whole torch file whose content runs code, as bytes inside another."""
+    buffer = io.BytesIO()
+    torch.save({"x": Reduce(os.system, (f"touch {path}",))}, buffer)
+    return buffer.getvalue()
+
+
+PAYLOADS = {
+    "system": lambda mark: Reduce(os.system, (f"touch {mark}",)),
+    "eval": lambda mark: Reduce(eval, (touch(mark),)),
+    "exec": lambda mark: Reduce(exec, (touch(mark),)),
+    "load_from_bytes": lambda mark: Reduce(torch.storage._load_from_bytes, (nested(mark),)),
+    "torch.load": lambda mark: Reduce(torch.load, (io.BytesIO(nested(mark)), None, None)),
+    "open": lambda mark: Reduce(open, (str(mark), "w")),
+    "getattr": lambda mark: Reduce(getattr, (argparse.Namespace, "__init__")),
+    "partial": lambda mark: Reduce(__import__("functools").partial, (os.system, f"touch {mark}")),
+    "numpy objects": lambda mark: np.array([Reduce(os.system, (f"touch {mark}",))], dtype=object),
+    "numpy loader": lambda mark: Reduce(np.load, (str(mark),)),
+    "import": lambda mark: Reduce(__import__, ("this",)),
+    "subclass state": lambda mark: Reduce(argparse.Namespace, (), {"x": Reduce(os.system, (f"touch {mark}",))}),
+    "jit": lambda mark: Reduce(torch.jit.load, (str(mark),)),
+    "path": lambda mark: mark,
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_hostile_files_are_refused_by_name_and_run_nothing(tmp_path, name, zipped):
+    mark, file = tmp_path / "mark", tmp_path / "model_optim_rng.pt"
+    state = {"args": PAYLOADS[name](mark), "model": {"w": torch.ones(2)}}
+    torch.save(state, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"model_optim_rng.pt: (refused: it asks for [\w.]+|numpy arrays)"):
+        read_legacy(file)
+    assert not mark.exists()
+    assert "this" not in sys.modules
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("name", ["system", "eval", "numpy objects"])
+def test_no_pickle_protocol_helps(tmp_path, name, protocol):
+    mark, file = tmp_path / "mark", tmp_path / "f.pt"
+    torch.save({"args": PAYLOADS[name](mark)}, file, pickle_protocol=protocol)
+    with pytest.raises(CheckpointError, match=r"f.pt"):
+        read_legacy(file)
+    file.write_bytes(pickle.dumps(PAYLOADS[name](mark), protocol=protocol))
+    with pytest.raises(CheckpointError, match=r"f.pt"):
+        read_legacy(file)
+    assert not mark.exists()
+
+
+def test_numpy_objects_are_refused_even_if_harmless(tmp_path):
+    torch.save({"rng_state": np.array([{}, None], dtype=object)}, tmp_path / "f.pt")
+    with pytest.raises(CheckpointError, match=r"f.pt: numpy arrays of type 'O8' are not read"):
+        read_legacy(tmp_path / "f.pt")
+
+
+def zip_of(path: Path, entries: list[tuple[str, bytes]], compression=zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in entries:
+            archive.writestr(name, content)
+    return path
+
+
+def test_two_pickles_in_one_file_are_refused(tmp_path):
+    good = pickle.dumps({"a": 1}, protocol=2)
+    entries = [("x/data.pkl", good), ("y/data.pkl", good), ("x/version", b"3")]
+    with pytest.raises(CheckpointError, match="2 pickles"):
+        read_legacy(zip_of(tmp_path / "f.pt", entries))
+
+
+def test_compressed_entries_are_refused_before_they_are_expanded(tmp_path):
+    bomb = zip_of(tmp_path / "f.pt", [("x/data.pkl", b"\0" * 10_000_000)], zipfile.ZIP_DEFLATED)
+    assert bomb.stat().st_size < 100_000
+    with pytest.raises(CheckpointError, match="compressed"):
+        read_legacy(bomb)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"\x80\x02\x82\x01.", "extension codes"),
+        (b"\x80\x02Nr\xff\xff\xff\x7f.", "memo is larger"),
+        (b"\x80\x02(iposix\nsystem\n.", "posix.system"),
+        (b"\x80\x02]N.", "damaged|holds a"),
+        (b"\x80\x02K\x01.", "holds a int"),
+        (b"\x80\x02", "damaged"),
+        (b"", "damaged"),
+    ],
+)
+def test_strange_pickles_are_refused(tmp_path, body, message):
+    file = zip_of(tmp_path / "f.pt", [("x/data.pkl", body), ("x/version", b"3\n"), ("x/byteorder", b"little")])
+    with pytest.raises(CheckpointError, match=message):
+        read_legacy(file)
+
+
+def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
+    file = tmp_path / "f.pt"
+    torch.save({"w": torch.ones(3, 5)}, file)
+    content = file.read_bytes()
+    shape = pickle.dumps((3, 5), protocol=2)[2:6]
+    assert content.count(shape) == 1
+    file.write_bytes(content.replace(shape, shape[:1] + b"\xff" + shape[2:]))
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_legacy(file)
+
+
+def test_torchscript_archives_are_refused(tmp_path):
+    file = tmp_path / "f.pt"
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), file)
+    with pytest.raises(CheckpointError, match=r"f.pt"):
+        read_legacy(file)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"hello", b"\x80\x02.", b"PK\x03\x04" + b"\0" * 100])
+def test_files_that_are_no_checkpoint(tmp_path, content):
+    (tmp_path / "f.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_legacy(tmp_path / "f.pt")
+    with pytest.raises(CheckpointError, match="cannot read"):
+        read_legacy(tmp_path / "none.pt")
+
+
+def state_of_megatron():
+    return {
+        "args": argparse.Namespace(lr=1e-4, dtype=torch.bfloat16, sizes=torch.Size([1, 2]), none=None, big=2**40),
+        "model": OrderedDict(w=torch.arange(6.0).reshape(2, 3), half=torch.ones(2, dtype=torch.bfloat16)),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "rng_state": [{"np": np.random.RandomState(1).get_state(), "torch": torch.get_rng_state()}],
+        "scalar": np.float64(3.5),
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_megatron_writes_is_read(tmp_path, zipped):
+    torch.save(state_of_megatron(), tmp_path / "f.pt", _use_new_zipfile_serialization=zipped)
+    found = read_legacy(tmp_path / "f.pt")
+    assert isinstance(found["args"], Namespace)
+    assert vars(found["args"]) == vars(state_of_megatron()["args"])
+    assert torch.equal(found["model"]["w"], torch.arange(6.0).reshape(2, 3))
+    assert found["model"]["half"].dtype == torch.bfloat16
+    assert len(found["rng_state"][0]["np"]) == 5
+
+
+def test_globals_that_others_registered_make_no_difference(tmp_path):
+    torch.save({"a": Reduce(os.getpid, ())}, tmp_path / "f.pt")
+    outside = set(torch.serialization.get_safe_globals())
+    with torch.serialization.safe_globals([os.getpid, argparse.Namespace]):
+        before = set(torch.serialization.get_safe_globals())
+        with pytest.raises(CheckpointError, match=r"posix.getpid"):
+            read_legacy(tmp_path / "f.pt")
+        torch.save(state_of_megatron(), tmp_path / "g.pt")
+        assert isinstance(read_legacy(tmp_path / "g.pt")["args"], Namespace)
+        assert set(torch.serialization.get_safe_globals()) == before
+    assert set(torch.serialization.get_safe_globals()) == outside
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_damage_gives_our_error_or_a_dictionary(tmp_path_factory, data):
+    file = tmp_path_factory.mktemp("damage") / "f.pt"
+    zipped = data.draw(st.booleans())
+    torch.save(state_of_megatron(), file, _use_new_zipfile_serialization=zipped)
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, min(len(content) - 1, 4000)))] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(0, len(content))) :]
+    file.write_bytes(content)
+    try:
+        assert isinstance(read_legacy(file), dict)
+    except CheckpointError as error:
+        assert "f.pt" in str(error)
+
+
+# --- the index of torch.distributed.checkpoint ---
+
+
+@pytest.fixture
+def saved(tmp_path):
+    state = RunState({"model/a": torch.randn(3, 2), "model/b": torch.tensor(1.0).bfloat16()})
+    return native.save(tmp_path, 1, state) / "tensors" / ".metadata"
+
+
+def test_our_own_index_is_read(saved):
+    metadata = read_dcp_metadata(saved)
+    theirs = pickle.loads(saved.read_bytes())
+    assert metadata.storage_data == theirs.storage_data
+    assert metadata.state_dict_metadata == theirs.state_dict_metadata
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_a_hostile_index_runs_nothing(saved, tmp_path, name, protocol):
+    mark = tmp_path / "mark"
+    metadata = pickle.loads(saved.read_bytes())
+    if name != "torch.load":  # its file object cannot be pickled outside torch.save
+        metadata.planner_data = PAYLOADS[name](mark)
+    else:
+        metadata.planner_data = Reduce(torch.load, (str(mark),))
+    saved.write_bytes(pickle.dumps(metadata, protocol=protocol))
+    with pytest.raises(CheckpointError, match=r"\.metadata: refused: it asks for"):
+        native.tensor_index(saved.parent.parent)
+    assert not mark.exists()
+    assert "this" not in sys.modules
+
+
+def tampered(saved, change):
+    metadata = pickle.loads(saved.read_bytes())
+    change(metadata)
+    saved.write_bytes(pickle.dumps(metadata))
+
+
+def _bytes_entry(metadata):
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    metadata.state_dict_metadata["model/a"] = BytesStorageMetadata()
+
+
+def _each_place(**changes):
+    def change(metadata):
+        for info in metadata.storage_data.values():
+            vars(info).update(changes)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_bytes_entry, "'model/a' is not a tensor"),
+        (_each_place(relative_path="../../../etc/passwd"), "placed in '../../../etc/passwd'"),
+        (_each_place(relative_path="/etc/passwd"), "placed in"),
+        (_each_place(relative_path=3), "where a name belongs"),
+        (_each_place(transform_descriptors=["zstd"]), "placed in"),
+        (_each_place(offset=-1), "natural numbers"),
+        (_each_place(length="x"), "natural numbers"),
+        (lambda m: m.storage_data.clear(), "does not say where model/a lies"),
+        (lambda m: m.state_dict_metadata.update(x=3), "'x' is not a tensor"),
+        (lambda m: m.state_dict_metadata.update({3: m.state_dict_metadata["model/a"]}), "where a name belongs"),
+        (lambda m: setattr(m, "storage_data", None), "damaged"),
+        (lambda m: setattr(m.state_dict_metadata["model/a"], "size", (-1,)), "natural numbers"),
+        (lambda m: setattr(m.state_dict_metadata["model/a"].properties, "dtype", 3), "no number type"),
+        (lambda m: setattr(m.state_dict_metadata["model/a"], "properties", 3), "where TensorProperties belongs"),
+    ],
+)
+def test_an_index_that_is_off_is_refused(saved, change, message):
+    tampered(saved, change)
+    with pytest.raises(CheckpointError, match=message):
+        read_dcp_metadata(saved)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", pickle.dumps(3), b"\x80\x02Nr\xff\xff\xff\x7f."])
+def test_an_index_that_is_none(saved, content):
+    saved.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"\.metadata"):
+        read_dcp_metadata(saved)
+    saved.unlink()
+    with pytest.raises(CheckpointError, match="cannot read"):
+        read_dcp_metadata(saved)
+
+
+def test_state_cannot_be_set_on_what_the_index_reader_hands_out(saved):
+    """BUILD applied to a class must not reach anything that outlives the reading."""
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    body = b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\nN}X\x03\x00\x00\x00badK\x01s\x86b."
+    assert "BUILD" in [opcode.name for opcode, _, _ in pickletools.genops(body)]
+    saved.write_bytes(body)
+    with pytest.raises(CheckpointError):
+        read_dcp_metadata(saved)
+    assert not hasattr(Metadata, "bad")
+
+
+@pytest.mark.parametrize("name", ["system", "eval", "load_from_bytes", "numpy objects"])
+def test_hostile_tensor_files_run_nothing(saved, tmp_path, name):
+    mark = tmp_path / "mark"
+    buffer = io.BytesIO()
+    torch.save(PAYLOADS[name](mark), buffer)
+    (saved.parent / "__0_0.distcp").write_bytes(buffer.getvalue())
+    tampered(saved, _each_place(offset=0, length=len(buffer.getvalue())))
+    with pytest.raises(CheckpointError, match="damaged"):
+        native.read(saved.parent.parent)
+    assert not mark.exists()

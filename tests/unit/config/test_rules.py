@@ -1,0 +1,306 @@
+"""Each rule both ways: a config that breaks it and one, as near as can be, that keeps it."""
+
+import pytest
+
+from megatron.config.fields import all_flags, build, by_name
+from megatron.config.rules import (
+    ABOVE_ZERO,
+    AT_LEAST_ONE,
+    NOT_NEGATIVE,
+    broken,
+    check,
+    check_training,
+    without_effect,
+)
+from megatron.config.rules_model import MODEL_RULES
+from megatron.config.rules_run import RUN_RULES
+from megatron.config.run import RunConfig
+from megatron.errors import ConfigError
+
+SIZES = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16}
+RULES = {rule.__name__: rule for rule in (*MODEL_RULES, *RUN_RULES)}
+EXITS = {"exit_layer_nums": (1, 2)}
+ROPE = {"position_embedding_type": "rope"}
+ITERS = {"train_iters": 10, "lr": 1e-3}
+SAMPLES = {"train_samples": 1000, "lr": 1e-3}
+RAMP = {"rampup_batch_size": (2, 2, 100), "global_batch_size": 8, **SAMPLES}
+FULL = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2}
+WSD = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 4, **ITERS}
+
+# rule, settings that break it, settings that keep it, words of the complaint
+CASES = [
+    ("sizes_given", {"num_layers": None}, {}, "--num-layers is missing: give it"),
+    ("sizes_given", {"seq_length": None, "load": "d"}, {"load": "d"}, "--use-checkpoint-args"),
+    ("heads_divide_hidden", {"hidden_size": 30}, {"hidden_size": 30, "kv_channels": 8}, "4 does not divide"),
+    (
+        "groups_divide_heads",
+        {"group_query_attention": True, "num_query_groups": 3},
+        {"group_query_attention": True, "num_query_groups": 2},
+        "--num-query-groups 3 does not divide --num-attention-heads 4",
+    ),
+    (
+        "groups_need_gqa",
+        {"num_query_groups": 2},
+        {"num_query_groups": 2, "group_query_attention": True},
+        "needs --group-query-attention",
+    ),
+    ("rotary_share", {"rotary_percent": 0.0}, {"rotary_percent": 0.5}, "(0, 1], got 0"),
+    ("rotary_share", {"rotary_percent": 1.5}, {"rotary_percent": 1.0}, "(0, 1], got 1.5"),
+    ("rotary_channels", {**ROPE, "kv_channels": 7}, {**ROPE, "kv_channels": 6}, "turn in pairs"),
+    ("rotary_channels", {**ROPE, "rotary_percent": 0.1}, {"rotary_percent": 0.1}, "rotates 0"),
+    (
+        "rotary_scaling",
+        {"rotary_seq_len_interpolation_factor": 2.0},
+        {"rotary_seq_len_interpolation_factor": 2.0, **ROPE},
+        "add --position-embedding-type rope",
+    ),
+    (
+        "rotary_scaling",
+        {"rotary_seq_len_interpolation_factor": 2.0, "use_rope_scaling": True, **ROPE},
+        {"use_rope_scaling": True, **ROPE},
+        "give one of them",
+    ),
+    (
+        "rope_frequencies",
+        {"use_rope_scaling": True, "rope_low_freq_factor": 4.0},
+        {"rope_low_freq_factor": 4.0},
+        "must be below --rope-high-freq-factor 4",
+    ),
+    (
+        "sequence_fits_positions",
+        {"max_position_embeddings": 15},
+        {"max_position_embeddings": 16},
+        "--seq-length 16 is longer than --max-position-embeddings 15",
+    ),
+    ("one_activation", {"swiglu": True, "squared_relu": True}, {"swiglu": True}, "--swiglu and --squared-relu"),
+    ("gated_width", {"swiglu": True, "hidden_size": 16}, {"swiglu": True}, "give --ffn-hidden-size"),
+    ("dropout_range", {"hidden_dropout": 1.0}, {"hidden_dropout": 0.99}, "--hidden-dropout must lie in [0, 1)"),
+    ("dropout_range", {"attention_dropout": -0.1}, {"attention_dropout": 0.0}, "--attention-dropout"),
+    (
+        "padded_vocabulary",
+        {"tokenizer_type": "NullTokenizer", "vocab_size": 512, "padded_vocab_size": 512},
+        {"tokenizer_type": "NullTokenizer", "vocab_size": 511, "padded_vocab_size": 512},
+        "give at least 513",
+    ),
+    ("exits_in_range", {"exit_layer_nums": (0,)}, {"exit_layer_nums": (1,)}, "counted from 1"),
+    ("exits_in_range", {"exit_layer_nums": (5,)}, {"exit_layer_nums": (4, 2)}, "--num-layers is 4"),
+    ("exits_distinct", {"exit_layer_nums": (2, 1, 2)}, EXITS, "names layer 2 more than once"),
+    (
+        "weights_match_exits",
+        {"exit_layer_weight": (0.5,), **EXITS},
+        {"exit_layer_weight": (0.5, 1.0), **EXITS},
+        "--exit-layer-weight and --exit-layer-nums must correspond one to one: 1 weight(s) for 2 exit(s)",
+    ),
+    (
+        "initial_weights_match_exits",
+        {"exit_layer_weight_init": (0.5,)},
+        {"exit_layer_weight_init": (0.5, 0.5), **EXITS},
+        "must correspond one to one: 1 initial weight(s) for 0 exit(s)",
+    ),
+    (
+        "temperatures_match_exits",
+        {"exit_layer_temperature": (1.0, 1.0, 1.0), **EXITS},
+        {"exit_layer_temperature": (1.0, 1.0), **EXITS},
+        "must correspond one to one: 3 temperature(s) for 2 exit(s)",
+    ),
+    (
+        "mlp_excludes_pre_exit",
+        {"use_exit_mlp": True, "pre_exit": True, **EXITS},
+        {"use_exit_mlp": True, **EXITS},
+        "--use-exit-mlp and --pre-exit",
+    ),
+    ("parts_need_exits", {"use_exit_mlp": True}, {"use_exit_mlp": True, **EXITS}, "give --exit-layer-nums"),
+    ("parts_need_exits", {"exit_norm": "own"}, {"exit_norm": "own", **EXITS}, "--exit-norm own"),
+    ("weights_not_negative", {"exit_layer_weight": (-1.0,)}, {"exit_layer_weight": (0.0,)}, "got -1"),
+    ("weights_not_negative", {"exit_layer_weight_init": (-1.0,)}, {}, "--exit-layer-weight-init"),
+    ("temperatures_positive", {"exit_layer_temperature": (0.0,)}, {"exit_layer_temperature": (0.1,)}, "got 0"),
+    (
+        "one_process",
+        {"tensor_model_parallel_size": 2},
+        {"tensor_model_parallel_size": 1},
+        "tensor-parallel size 2 (--tensor-model-parallel-size): this version trains on one process; use 1",
+    ),
+    ("one_process", {"pipeline_model_parallel_size": 4}, {}, "pipeline-parallel size 4"),
+    (
+        "data_paths_exclude",
+        {"data_path": ("a",), "valid_data_path": ("b",)},
+        {"train_data_path": ("a",), "valid_data_path": ("b",)},
+        "--data-path and --valid-data-path exclude each other",
+    ),
+    ("blends_are_pairs", {"data_path": ("1", "a", "1")}, {"data_path": ("1", "a")}, "3 words are no list"),
+    ("blends_are_pairs", {"data_path": ("a", "1")}, {"data_path": ("1", "a")}, "'a' stands where a weight"),
+    ("blends_are_pairs", {"data_path": ("0", "a")}, {"data_path": ("a",)}, "'0' stands where"),
+    ("blends_are_pairs", {"test_data_path": ("inf", "a")}, {"test_data_path": (".5", "a")}, "--test-data-path"),
+    ("split_is_sane", {"split": "a,b"}, {"split": "949/50/1"}, "--split 'a,b'"),
+    ("split_is_sane", {"split": "1,1,1,1"}, {"split": "1,1,1"}, "up to three shares"),
+    ("split_is_sane", {"split": "-1,2"}, {"split": "100"}, "none negative"),
+    ("split_is_sane", {"split": "0,0,0"}, {"split": "0,0,1"}, "--split"),
+    ("split_is_sane", {"split": ""}, {"split": "969, 30, 1"}, "--split ''"),
+    (
+        "tokenizer_files",
+        {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": "v"},
+        {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": "v", "merge_file": "m"},
+        "--tokenizer-type GPT2BPETokenizer needs --merge-file",
+    ),
+    (
+        "tokenizer_files",
+        {"tokenizer_type": "Llama2Tokenizer"},
+        {"tokenizer_type": "Llama2Tokenizer", "load": "checkpoint"},
+        "needs --tokenizer-model",
+    ),
+    ("tokenizer_files", {"tokenizer_type": "NullTokenizer"}, {}, "needs --vocab-size"),
+    ("one_length", {"train_iters": 1, "train_samples": 1}, {"train_iters": 1}, "exclude each other"),
+    (
+        "micro_divides_global",
+        {"micro_batch_size": 3, "global_batch_size": 8},
+        {"micro_batch_size": 4, "global_batch_size": 8},
+        "--micro-batch-size 3 does not divide --global-batch-size 8",
+    ),
+    ("rampup_numbers", {"rampup_batch_size": (2, 2)}, RAMP, "three whole numbers"),
+    ("rampup_numbers", {"rampup_batch_size": (2, 0, 9)}, RAMP, "the increment (above 0)"),
+    ("rampup_needs", {**RAMP, "train_samples": None}, RAMP, "needs --train-samples"),
+    ("rampup_needs", {**RAMP, "global_batch_size": None}, RAMP, "needs --global-batch-size"),
+    ("rampup_divides", {**RAMP, "rampup_batch_size": (2, 4, 9)}, RAMP, "4 does not lead from 2"),
+    ("rampup_divides", {**RAMP, "global_batch_size": 1}, RAMP, "--global-batch-size 1"),
+    ("rampup_divides", {**RAMP, "micro_batch_size": 4}, RAMP, "--micro-batch-size 4 must divide"),
+    ("recompute_full", {"recompute_granularity": "full"}, FULL, "full needs --recompute-method"),
+    ("recompute_full", {**FULL, "recompute_num_layers": None}, FULL, "full needs --recompute-num-layers"),
+    (
+        "recompute_others",
+        {"recompute_granularity": "selective", "recompute_method": "block"},
+        {"recompute_granularity": "selective"},
+        "--recompute-method belongs to --recompute-granularity full",
+    ),
+    ("recompute_others", {"recompute_num_layers": 1}, FULL, "--recompute-num-layers belongs to"),
+    ("recompute_depth", {**FULL, "recompute_num_layers": 5}, FULL, "5 is more than --num-layers 4"),
+    (
+        "weight_decay_style",
+        {"weight_decay_incr_style": "linear", "start_weight_decay": 0.0},
+        {"weight_decay_incr_style": "linear", "start_weight_decay": 0.0, "end_weight_decay": 0.1},
+        "linear needs --end-weight-decay",
+    ),
+    ("weight_decay_style", {"start_weight_decay": 0.1}, {}, "--start-weight-decay needs"),
+    (
+        "weight_decay_grows",
+        {"start_weight_decay": 0.2, "end_weight_decay": 0.1},
+        {"start_weight_decay": 0.1, "end_weight_decay": 0.1},
+        "0.2 is above --end-weight-decay 0.1",
+    ),
+    ("moments_range", {"adam_beta2": 1.0}, {"adam_beta2": 0.95}, "--adam-beta2 must lie in [0, 1)"),
+    ("lr_needed", {"train_iters": 10}, ITERS, "--lr is missing"),
+    ("lr_needed", {"train_samples": 10}, {"train_samples": 10, "skip_train": True}, "--lr is missing"),
+    ("lr_order", {"lr": 1e-4, "min_lr": 1e-3}, {"lr": 1e-3, "min_lr": 1e-3}, "--min-lr 0.001 is above"),
+    ("lr_order", {"lr": 1e-4, "lr_warmup_init": 1.0}, {"lr_warmup_init": 1.0}, "--lr-warmup-init 1"),
+    (
+        "warmup_once",
+        {"lr_warmup_fraction": 0.1, "lr_warmup_iters": 1},
+        {"lr_warmup_fraction": 0.1},
+        "--lr-warmup-fraction and --lr-warmup-iters",
+    ),
+    ("warmup_share", {"lr_warmup_fraction": 1.0}, {"lr_warmup_fraction": 0.0}, "[0, 1), got 1"),
+    ("one_unit", {**ITERS, "lr_decay_samples": 5}, {**ITERS, "lr_decay_iters": 5}, "use --lr-decay-iters"),
+    ("one_unit", {**SAMPLES, "lr_warmup_iters": 5}, {**SAMPLES, "lr_warmup_samples": 5}, "--train-samples"),
+    ("warmup_fits", {**ITERS, "lr_warmup_iters": 10}, {**ITERS, "lr_warmup_iters": 9}, "10 must be below"),
+    ("warmup_fits", {**WSD, "lr_warmup_iters": 7}, {**WSD, "lr_warmup_iters": 6}, "does not fit after 7 iters"),
+    ("wsd_length", {**ITERS, "lr_decay_style": "WSD"}, WSD, "give --lr-wsd-decay-iters"),
+    ("wsd_length", {**WSD, "lr_decay_style": "cosine"}, WSD, "belongs to --lr-decay-style WSD"),
+    (
+        "one_resume_rule",
+        {"override_opt_param_scheduler": True, "use_checkpoint_opt_param_scheduler": True},
+        {"override_opt_param_scheduler": True},
+        "exclude each other",
+    ),
+    ("one_precision", {"fp16": True, "bf16": True}, {"bf16": True}, "--fp16 and --bf16 exclude each other"),
+    ("loss_scale_use", {"loss_scale": 8.0}, {"loss_scale": 8.0, "fp16": True}, "is for --fp16"),
+    ("loss_scale_use", {"initial_loss_scale": 0.5}, {"initial_loss_scale": 1.0}, "--min-loss-scale 1 is above"),
+    (
+        "load_needed",
+        {"use_checkpoint_args": True},
+        {"use_checkpoint_args": True, "load": "d"},
+        "--use-checkpoint-args needs a checkpoint",
+    ),
+    ("load_needed", {"load_iteration": 3}, {"load_iteration": 3, "load": "d"}, "--load-iteration 3 needs"),
+    ("save_format", {"ckpt_format": "megatron", "save": "d"}, {"ckpt_format": "megatron"}, "use native"),
+]
+
+
+def config_of(settings: dict) -> RunConfig:
+    return build({**SIZES, **settings}, RunConfig())
+
+
+@pytest.mark.parametrize(("rule", "breaks", "keeps", "words"), CASES)
+def test_rule(rule: str, breaks: dict, keeps: dict, words: str) -> None:
+    faults = list(RULES[rule](config_of(breaks)))
+    assert any(words in fault for fault in faults), faults
+    assert list(RULES[rule](config_of(keeps))) == []
+    assert set(faults) <= set(broken(config_of(breaks)))
+
+
+def test_every_rule_is_tried() -> None:
+    assert {rule for rule, *_ in CASES} == set(RULES)
+
+
+def test_every_complaint_names_a_flag() -> None:
+    for rule, breaks, _, _ in CASES:
+        assert all("--" in fault for fault in RULES[rule](config_of(breaks))), rule
+
+
+@pytest.mark.parametrize("name", [*AT_LEAST_ONE, *ABOVE_ZERO, *NOT_NEGATIVE])
+def test_range(name: str) -> None:
+    flag = by_name()[name]
+    least = 0 if name in NOT_NEGATIVE else 1
+    wrong = -1 if name in NOT_NEGATIVE else 0
+    words = "must not be negative" if name in NOT_NEGATIVE else "must be a"
+    complaint = f"{flag.flag} {words}"
+    assert any(fault.startswith(complaint) for fault in broken(config_of({name: flag.kind(wrong)})))
+    assert not any(fault.startswith(complaint) for fault in broken(config_of({name: flag.kind(least)})))
+
+
+def test_every_number_has_a_range_or_a_rule() -> None:
+    own_rule = {"dropout_range": ("attention_dropout", "hidden_dropout"), "rotary_share": ("rotary_percent",)}
+    own_rule |= {"moments_range": ("adam_beta1", "adam_beta2", "sgd_momentum")}
+    own_rule |= {"warmup_share": ("lr_warmup_fraction",), "rampup_numbers": ("rampup_batch_size",)}
+    own_rule |= {"exits_in_range": ("exit_layer_nums",), "temperatures_positive": ("exit_layer_temperature",)}
+    own_rule |= {"weights_not_negative": ("exit_layer_weight", "exit_layer_weight_init")}
+    covered = {*AT_LEAST_ONE, *ABOVE_ZERO, *NOT_NEGATIVE, *(name for names in own_rule.values() for name in names)}
+    assert set(own_rule) <= set(RULES)
+    assert covered == {flag.name for flag in all_flags() if flag.kind in (int, float)}
+
+
+def test_choices_of_a_config_made_in_python() -> None:
+    assert any("'lion' is not one of adam, sgd" in fault for fault in broken(config_of({"optimizer": "lion"})))
+
+
+def test_all_faults_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        check(config_of({"hidden_size": 30, "fp16": True, "bf16": True, "exit_layer_nums": (9,)}), where="here")
+    assert str(error.value).startswith("here: 3 settings need mending:")
+
+
+def test_shape_can_wait() -> None:
+    config = build({"use_checkpoint_args": True, "load": "d", "exit_layer_weight": (1.0,)}, RunConfig())
+    check(config, shape=False)
+    with pytest.raises(ConfigError):
+        check(config)
+
+
+def test_only_shape_is_asked_of_a_stored_config() -> None:
+    config = config_of({"tensor_model_parallel_size": 8, "log_interval": 0})
+    check(config, run=False)
+    with pytest.raises(ConfigError, match="2 settings"):
+        check(config)
+
+
+def test_training_needs() -> None:
+    with pytest.raises(ConfigError) as error:
+        check_training(config_of({}))
+    for flag in ("--train-iters", "--data-path", "--tokenizer-type"):
+        assert flag in str(error.value)
+    check_training(config_of({**ITERS, "data_path": ("a",), "tokenizer_type": "NullTokenizer"}))
+    check_training(config_of({"skip_train": True, "valid_data_path": ("a",), "load": "d"}))
+
+
+def test_settings_without_effect_are_said() -> None:
+    config = config_of({"sequence_parallel": True, "save_interval": 5, "exit_layer_weight_init": (1.0,)})
+    assert len(list(without_effect(config))) == 3
+    assert list(without_effect(config_of({"save": "d", "save_interval": 5}))) == []
