@@ -14,13 +14,24 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(name if name.startswith(_ROOT) else f"{_ROOT}.{name}")
 
 
+class _Stdout(logging.StreamHandler):
+    """Writes to whatever `sys.stdout` is at the moment of writing (tests and notebooks exchange it)."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):  # type: ignore[override]
+        return sys.stdout
+
+
 def setup_logging(level: int = logging.INFO) -> None:
     """Send the package's log records to standard output as plain lines; calling again is harmless."""
     logger = logging.getLogger(_ROOT)
     logger.setLevel(level)
     logger.propagate = False
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stdout)
+        handler = _Stdout()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
 

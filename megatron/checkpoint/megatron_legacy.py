@@ -243,13 +243,15 @@ def _facts(ranks: Ranks) -> dict[str, Any]:
     state, args = ranks.states[0, 0], ranks.args
     optimizer = state.get("optimizer")
     optimizer = optimizer if isinstance(optimizer, dict) else {}
+    iteration = int(state.get("iteration", 0))
+    by_fixed_batches = iteration * (args.get("global_batch_size") or 0)  # files older than the count of samples
     return {
         "format": MEGATRON,
-        "iteration": int(state.get("iteration", 0)),
+        "iteration": iteration,
         "checkpoint_version": ranks.version,
         "args": args,
-        "consumed_train_samples": args.get("consumed_train_samples"),
-        "consumed_valid_samples": args.get("consumed_valid_samples"),
+        "consumed_train_samples": args.get("consumed_train_samples", by_fixed_batches),
+        "consumed_valid_samples": args.get("consumed_valid_samples", 0),
         "optimizer_step": optimizer_step(optimizer),
         "opt_param_scheduler": _json_able(state.get("opt_param_scheduler")),
         "grad_scaler": _json_able(optimizer.get("grad_scaler")),

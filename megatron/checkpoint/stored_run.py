@@ -21,10 +21,11 @@ def stored_args(found: Found) -> dict[str, Any]:
 def stored_config(found: Found) -> RunConfig:
     """The run's config, with its tokenizer taken from the checkpoint's own files where it has them.
 
-    What belongs to one start of a run (checkpoint and logging flags) is left at its defaults.
+    What belongs to one start of a run (checkpoint and logging flags, reasons to stop) is left at its defaults.
     """
     config = from_checkpoint(stored_args(found), str(found.directory))
-    config = replace(config, checkpoint=CheckpointConfig(), logging=LoggingConfig())
+    training = replace(config.training, exit_interval=None, exit_duration_in_mins=None, skip_train=False)
+    config = replace(config, checkpoint=CheckpointConfig(), logging=LoggingConfig(), training=training)
     if found.format == NATIVE:
         config = replace(config, tokenizer=_own_tokenizer(found.directory, config.tokenizer))
     return config

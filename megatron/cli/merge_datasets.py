@@ -5,8 +5,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from megatron.cli.guard import run_guarded
 from megatron.data.indexed import IndexedDataset, IndexedWriter
-from megatron.errors import DataError, EELLMError
+from megatron.errors import DataError
 
 
 def find_prefixes(directory: str) -> list[str]:
@@ -41,10 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--input", required=True, metavar="DIR", help="directory with .bin/.idx pairs of one dtype")
     parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P.bin and P.idx")
     options = parser.parse_args(argv)
-    try:
-        documents = merge(options.input, options.output_prefix)
-    except EELLMError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
+    return run_guarded(lambda: _run(options), "interrupted; nothing was written")
+
+
+def _run(options: argparse.Namespace) -> None:
+    documents = merge(options.input, options.output_prefix)
     sys.stdout.write(f"{documents} documents in {options.output_prefix}.bin and .idx\n")
-    return 0

@@ -5,7 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron.cli.reading_progress import ReadingProgress, run_guarded
+from megatron.cli.guard import run_guarded
+from megatron.cli.reading_progress import ReadingProgress
 from megatron.config.data import TOKENIZER_TYPES, TokenizerConfig
 from megatron.data.preprocess import Encoded, EncodeSettings, PreprocessSettings, Summary, preprocess
 from megatron.data.text_files import find_inputs, input_size
@@ -69,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code."""
     args = parser().parse_args(argv)
-    return run_guarded(lambda: _run(args))
+    return run_guarded(lambda: _run(args), "interrupted; nothing was written")
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -1,15 +1,15 @@
 """`pretrain_early_exit_gpt.py`: from the command line to a finished run, and from an error to an exit code."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.checkpoint.find import recognise_if_any
 from megatron.checkpoint.stored_run import stored_args, stored_config
+from megatron.cli.guard import run_guarded
 from megatron.config.flags import read_argv
 from megatron.config.load import check_training, load, merge_checkpoint_args
 from megatron.config.run import RunConfig
-from megatron.errors import EELLMError
 from megatron.logs import get_logger, setup_logging
 from megatron.train import checkpoints
 from megatron.train.build import build_trainer
@@ -21,21 +21,8 @@ ENTRY = "pretrain_early_exit_gpt.py"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train (or with --skip-train evaluate) as the flags say; returns the process's exit code."""
-    return run_guarded(lambda: _pretrain(sys.argv[1:] if argv is None else list(argv)))
-
-
-def run_guarded(body: Callable[[], None]) -> int:
-    """Run an entry point: errors meant for the user become one message on standard error and their exit code."""
     setup_logging()
-    try:
-        body()
-    except EELLMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 130
-    return 0
+    return run_guarded(lambda: _pretrain(sys.argv[1:] if argv is None else list(argv)))
 
 
 def _pretrain(argv: list[str]) -> None:

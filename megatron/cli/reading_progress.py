@@ -5,27 +5,13 @@ A bar with MB/s and time left on a terminal; elsewhere a line every so many docu
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
 from megatron.data.text_files import BadRecord
-from megatron.errors import EELLMError
 
 BAD_SHOWN = 5
-
-
-def run_guarded(body: Callable[[], None]) -> int:
-    """Run a tool that writes all or nothing; returns its exit code, with one line said of an error."""
-    try:
-        body()
-    except EELLMError as err:
-        sys.stderr.write(f"error: {err}\n")
-        return err.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; nothing was written\n")
-        return 130
-    return 0
 
 
 class ReadingProgress:

@@ -5,7 +5,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron.cli.reading_progress import ReadingProgress, run_guarded
+from megatron.cli.guard import run_guarded
+from megatron.cli.reading_progress import ReadingProgress
 from megatron.data.atomic import atomic_write
 from megatron.data.text_files import BadRecord, check_keys, find_inputs, input_size, read_batches
 from megatron.errors import DataError, StorageError
@@ -52,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code."""
     args = parser().parse_args(argv)
-    return run_guarded(lambda: _run(args))
+    return run_guarded(lambda: _run(args), "interrupted; nothing was written")
 
 
 def _run(args: argparse.Namespace) -> None:

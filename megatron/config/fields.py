@@ -117,7 +117,7 @@ def _number(kind: type, word: str) -> int | float:
         value: int | float = int(word) if kind is int else float(word)
     except ValueError:
         raise ValueError(f"{word!r} is not a {'whole ' if kind is int else ''}number") from None
-    if not math.isfinite(value):
+    if not abs(value) < (2**63 if kind is int else math.inf):  # false for nan, too
         raise ValueError(f"{word!r} is not a finite number")
     return value
 
@@ -150,7 +150,7 @@ def _from_one_plain(flag: Flag, value: Any) -> Any:
         if flag.kind is str and flag.many:
             return str(value)  # the weights of a blend
         if flag.kind is float or (flag.kind is int and isinstance(value, int)):
-            return flag.kind(_number(float, str(value)) and value)
+            return _number(flag.kind, str(value))
     kind = {int: "a whole number", float: "a number", str: "text"}[flag.kind]
     raise ValueError(f"{value!r} is not {kind}")
 

@@ -110,6 +110,7 @@ class _Parser(argparse.ArgumentParser):
         return help_text(self.prog)
 
 
+@cache
 def parser(entry: str) -> argparse.ArgumentParser:
     """A parser that knows every flag by name; `entry` is the command shown in its help."""
     result = _Parser(prog=entry, allow_abbrev=False)

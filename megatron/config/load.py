@@ -55,7 +55,7 @@ def load(argv: Sequence[str], entry: str = "pretrain_early_exit_gpt.py", base: R
     config = build(values, base or RunConfig())
     problems = [*(f"{config_file}: {fault}" for fault in from_file.problems), *answers.problems]
     rules = broken(config, shape=not config.checkpoint.use_checkpoint_args)
-    raise_if_any(problems + _unrelated(rules, problems))
+    raise_if_any(problems + _unrelated(rules, from_file.problems + answers.problems))
     notes = list(without_effect(config))
     if accepted := dict.fromkeys(from_file.accepted + answers.accepted):
         notes.insert(0, f"accepted without effect: {', '.join(accepted)}")
@@ -112,7 +112,7 @@ def _take(answers: Answers, key: str, value: Any) -> None:
     if flag is None and word in spellings():
         flag, constant = spellings()[word]
         if constant is not None:
-            if not isinstance(value, bool):
+            if value is not None and not isinstance(value, bool):
                 answers.problems.append(f"{key}: {value!r} is neither true nor false")
             elif value:
                 answers.set(flag, constant, word)

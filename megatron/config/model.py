@@ -100,7 +100,7 @@ class ModelConfig:
         if self.ffn_hidden_size:
             return self.ffn_hidden_size
         assert self.hidden_size
-        return int(4 * self.hidden_size * 2 / 3) // 64 * 64 if self.gated else 4 * self.hidden_size
+        return 8 * self.hidden_size // 3 // 64 * 64 if self.gated else 4 * self.hidden_size
 
     @property
     def activation(self) -> str:

@@ -55,9 +55,9 @@ def help_text(entry: str) -> str:
     lines = [
         f"usage: {entry} [--config FILE] [flags]",
         "",
-        "Always needed: --num-layers --hidden-size --num-attention-heads --seq-length",
-        "To train also: --data-path --tokenizer-type --train-iters --lr",
-        "For early exits: --exit-layer-nums",
+        "For a new model: --num-layers --hidden-size --num-attention-heads --seq-length",
+        "To train it: --data-path --tokenizer-type --train-iters --lr",
+        "With early exits: --exit-layer-nums",
         "",
         *_entry("--config FILE", "YAML or JSON file with the same names as keys; flags overrule it.", width),
         *_entry("--help, -h", "This text.", width),

@@ -45,9 +45,9 @@ def _out_of_range(config: RunConfig, shape: bool, run: bool) -> Iterator[str]:
         elif flag.name in AT_LEAST_ONE and value < 1:
             yield f"{flag.flag} must be at least 1, got {value}"
         elif flag.name in ABOVE_ZERO and value <= 0:
-            yield f"{flag.flag} must be above 0, got {value:g}"
+            yield f"{flag.flag} must be above 0, got {value}"
         elif flag.name in NOT_NEGATIVE and value < 0:
-            yield f"{flag.flag} must not be negative, got {value:g}"
+            yield f"{flag.flag} must not be negative, got {value}"
 
 
 def broken(config: RunConfig, shape: bool = True, run: bool = True) -> list[str]:

@@ -47,8 +47,10 @@ def rotary_channels(config: RunConfig) -> Faults:
     model = config.model
     if model.position_embedding_type != "rope" or not (model.hidden_size and model.num_attention_heads):
         return
+    if any(rotary_share(config)):
+        return
     channels = int(model.head_dim * model.rotary_percent)
-    if 0 < model.rotary_percent <= 1 and (channels % 2 or channels < 2):
+    if channels % 2 or channels < 2:
         yield (
             f"--rotary-percent {model.rotary_percent:g} of {model.head_dim} channels per head rotates {channels}, "
             "and they turn in pairs: choose an even number (--rotary-percent, --kv-channels)"

@@ -201,7 +201,7 @@ def _lengths(config: RunConfig) -> tuple[str, int, int, int]:
     training, rate = config.training, config.learning_rate
     unit = "samples" if training.train_samples is not None else "iters"
     decay = getattr(rate, f"lr_decay_{unit}") or getattr(training, f"train_{unit}") or 0
-    warmup = getattr(rate, f"lr_warmup_{unit}") or int((rate.lr_warmup_fraction or 0) * decay)
+    warmup = getattr(rate, f"lr_warmup_{unit}") or int(min(1, rate.lr_warmup_fraction or 0) * decay)
     return unit, decay, warmup, getattr(rate, f"lr_wsd_decay_{unit}") or 0
 
 

@@ -89,8 +89,16 @@ class BlendedDataset:
         return dataset[int(self._index["sample_index"][index]) % len(dataset)]
 
     def _description(self, shares: np.ndarray) -> str:
-        with np.printoptions(**_PLAIN):
-            weights = str(shares)
+        # As str() prints it unless told otherwise: part of the name, so it must not follow the user's print options.
+        weights = np.array2string(
+            shares,
+            max_line_width=75,
+            precision=8,
+            suppress_small=False,
+            threshold=1000,
+            edgeitems=3,
+            floatmode="maxprec",
+        )
         members = "".join(dataset.description + "\n\n" for dataset in self.datasets)
         return f"Blendable dataset\n\nDatasets:\n{members}Weights: {weights}\nSize: {self.size}\n"
 
@@ -106,22 +114,6 @@ class BlendedDataset:
         sums = np.bincount(index, weights=sample_index, minlength=len(self.datasets))
         if sample_index.min() < 0 or not np.array_equal(sums, counts * (counts - 1.0) / 2):
             raise ValueError("sample_index does not count through each dataset")
-
-
-# How numpy prints arrays unless told otherwise: part of the description, so it must not follow the user's settings.
-_PLAIN = {
-    "precision": 8,
-    "threshold": 1000,
-    "edgeitems": 3,
-    "linewidth": 75,
-    "suppress": False,
-    "nanstr": "nan",
-    "infstr": "inf",
-    "sign": "-",
-    "formatter": None,
-    "floatmode": "maxprec",
-    "legacy": False,
-}
 
 
 def _build(shares: np.ndarray, size: int) -> Arrays:

@@ -82,7 +82,7 @@ def build_doc_idx(documents: range, plan: EpochPlan, random: np.random.RandomSta
 def build_shuffle_idx(plan: EpochPlan, random: np.random.RandomState) -> np.ndarray:
     """uint32 (int64 where that is too narrow) [num_samples]: the sample that stands at each index."""
     first = plan.num_samples if plan.shuffled_apart is None else plan.shuffled_apart
-    order = np.arange(plan.num_samples, dtype=_shuffle_dtype(plan))
+    order: np.ndarray = np.arange(plan.num_samples, dtype=_shuffle_dtype(plan))
     random.shuffle(order[:first])
     if first < plan.num_samples:
         random.shuffle(order[first:])
@@ -128,9 +128,10 @@ class GPTDataset:
         lengths = indexed.lengths[documents.start : documents.stop]
         tokens = int(lengths.sum(dtype=np.int64))
         if not tokens:
+            mend = "give it data" if spec.split is None else f"give it a larger share in --split {spec.split}"
             raise DataError(
                 f"{indexed.prefix}: the {spec.name} split has {len(documents)} of {len(indexed)} documents with "
-                f"0 tokens in all (--split {spec.split}); give it a larger share, or more data"
+                f"0 tokens in all; {mend}"
             )
         plan = EpochPlan.make(tokens, spec.seq_length, spec.num_samples)
         if plan.num_epochs * len(documents) > np.iinfo(np.int32).max:

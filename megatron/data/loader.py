@@ -3,7 +3,7 @@
 `build_loader` is the only place here that touches worker processes; `make_microbatch` is a pure function.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -84,7 +84,7 @@ def build_loader(
 
     Draws nothing from the global random state. A sample's DataError is raised here, when its batch is due.
     """
-    loader = torch.utils.data.DataLoader(
+    loader: Iterable[torch.Tensor | DataError] = torch.utils.data.DataLoader(
         _ErrorsAsItems(dataset),  # type: ignore[arg-type]
         batch_sampler=microbatches(len(dataset), order),  # type: ignore[arg-type]
         num_workers=num_workers,
@@ -112,7 +112,9 @@ class _ErrorsAsItems:
 
 
 def _collate(samples: Sequence[np.ndarray | DataError]) -> torch.Tensor | DataError:
+    tokens = []
     for sample in samples:
         if isinstance(sample, DataError):
             return sample
-    return torch.from_numpy(np.stack(samples))
+        tokens.append(sample)
+    return torch.from_numpy(np.stack(tokens))

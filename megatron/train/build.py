@@ -6,10 +6,8 @@ import torch
 
 from megatron.config.run import RunConfig
 from megatron.errors import ConfigError
-from megatron.exits.spec import exit_specs
 from megatron.logs import get_logger
-from megatron.model.gpt import GPT
-from megatron.model.partition import partition
+from megatron.model.build import build_model
 from megatron.model.stage import Stage
 from megatron.optim.lr import LrSchedule, WeightDecaySchedule
 from megatron.optim.optimizer import TrainingOptimizer
@@ -17,7 +15,7 @@ from megatron.optim.scaler import LossScaler
 from megatron.parallel.backend import Backend
 from megatron.parallel.mesh import Mesh
 from megatron.tokenizer.base import Tokenizer
-from megatron.tokenizer.build import build_tokenizer, padded_vocab_size
+from megatron.tokenizer.build import build_tokenizer
 from megatron.train.batch_size import training_samples
 from megatron.train.trainer import Trainer
 
@@ -60,31 +58,6 @@ def make_tokenizer(config: RunConfig) -> Tokenizer:
         vocab_size=spec.vocab_size,
         vocab_extra_ids=spec.vocab_extra_ids,
     )
-
-
-def build_model(config: RunConfig, mesh: Mesh, vocab_size: int) -> GPT:
-    """This rank's stage of the model, on its device and in its dtype, uninitialised."""
-    stages = partition(config.model.num_layers, exit_specs(config.exits), mesh.size("pp"))
-    rows = padded_rows(config, vocab_size)
-    with torch.device("meta"):
-        model = GPT(config.model, config.exits, stages[mesh.rank("pp")], rows, config.training)
-    model = model.to(getattr(torch, config.precision.params_dtype))
-    return model.to_empty(device=mesh.backend.device)
-
-
-def padded_rows(config: RunConfig, vocab_size: int) -> int:
-    """Rows of vocabulary matrices. Raises ConfigError where --padded-vocab-size is too small."""
-    fixed = config.model.padded_vocab_size
-    if fixed is None:
-        return padded_vocab_size(
-            vocab_size, config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size
-        )
-    if fixed < vocab_size:
-        raise ConfigError(
-            f"--padded-vocab-size {fixed} is smaller than the tokenizer's {vocab_size} ids: "
-            "raise it, or use the tokenizer that made the data"
-        )
-    return fixed
 
 
 def build_scaler(config: RunConfig) -> LossScaler:

@@ -84,8 +84,20 @@ def test_facts_are_plain_json(tmp_path, legacy, recipe):
     assert facts["args"]["params_dtype"] == "float32"
     assert facts["args"]["betas"] == [0.9, 0.95]
     assert facts["args"]["scale"] == 2.0
-    assert (facts["iteration"], facts["consumed_train_samples"], facts["consumed_valid_samples"]) == (7, 112, None)
+    assert (facts["iteration"], facts["consumed_train_samples"], facts["consumed_valid_samples"]) == (7, 112, 0)
     assert facts["opt_param_scheduler"] == {"max_lr": 0.1, "num_steps": 112}
+
+
+def test_files_older_than_the_count_of_samples(tmp_path, legacy, recipe):
+    legacy(tmp_path, recipe(args={"global_batch_size": 5}))
+    edit(tmp_path, lambda s: delattr(s["args"], "consumed_train_samples"))
+    assert read(tmp_path).facts["consumed_train_samples"] == 35
+
+
+def test_arguments_alone(tmp_path, legacy, recipe):
+    legacy(tmp_path, recipe(exits=(2,), pp=2))
+    args = megatron_legacy.read_args(tmp_path / "iter_0000007")
+    assert (args["num_layers"], args["exit_layer_nums"]) == (4, [2])
 
 
 def test_optimizer_can_be_left_aside(tmp_path, legacy, recipe):

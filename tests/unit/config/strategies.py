@@ -7,7 +7,8 @@ from megatron.config.model import ExitConfig, ModelConfig
 from megatron.config.run import RunConfig
 from megatron.config.training import LrConfig, TrainingConfig
 
-_TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
+# argparse takes a bare -- for the end of flags wherever it stands.
+_TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8).filter(lambda text: text != "--")
 # A word of a list cannot look like a flag: nothing on a command line could tell them apart.
 _WORD = _TEXT.filter(lambda word: word and not word.startswith("-"))
 _FLOAT = st.floats(min_value=0, allow_nan=False, allow_infinity=False)

@@ -52,6 +52,20 @@ def test_faults_of_flags_and_rules_come_together() -> None:
     assert "pipeline-parallel size 4" in message
 
 
+def test_absurd_numbers_are_faults_not_crashes() -> None:
+    sizes = [*SIZES[:2], "--hidden-size", "4" * 400, *SIZES[4:], "--swiglu", "--seed", "-" + "9" * 400]
+    shares = "--lr-warmup-fraction 1e308 --rotary-percent 1e308 --position-embedding-type rope"
+    with pytest.raises(ConfigError) as error:
+        load([*sizes, *shares.split(), "--train-iters", "5", "--lr", "1"])
+    for flag in ("--seed", "--lr-warmup-fraction", "--rotary-percent"):
+        assert flag in str(error.value)
+
+
+def test_help_takes_no_value() -> None:
+    with pytest.raises(ConfigError, match="--help"):
+        load(["--help=me"])
+
+
 def test_a_value_that_was_not_read_is_not_called_missing() -> None:
     with pytest.raises(ConfigError) as error:
         load(["--num-layers", "x", "--hiden-size", "32", "--num-attention-heads", "4", "--seq-length", "16"])
@@ -74,11 +88,14 @@ def test_base_supplies_the_rest() -> None:
 def test_config_file_flat(tmp_path: Path, name: str) -> None:
     data = {"num_layers": 4, "hidden-size": 32, "--num-attention-heads": 4, "seq_length": 16}
     data |= {"optimizer": "sgd", "use_exit_norm": True, "exit_layer_nums": [2], "no-save-optim": True}
+    data |= {"layernorm-epsilon": 1e-3, "use_rotary_position_embeddings": False, "recompute_activations": None}
     data |= {"swiglu": False, "use_flash_attn": True, "num_experts": None, "fp8_margin": False, "vocab_size": None}
     loaded = load(["--config", write(tmp_path / name, data)])
     assert loaded.config.optimizer.optimizer == "sgd"
     assert loaded.config.exits.exit_norm == "own"
     assert not loaded.config.checkpoint.save_optim
+    assert loaded.config.model.norm_epsilon == 1e-3
+    assert loaded.config.model.position_embedding_type == "learned_absolute"
     assert "vocab_size" not in loaded.given
     assert loaded.notes == ("accepted without effect: --use-flash-attn",)
 

@@ -47,7 +47,7 @@ CASES = [
     ("rotary_share", {"rotary_percent": 0.0}, {"rotary_percent": 0.5}, "(0, 1], got 0"),
     ("rotary_share", {"rotary_percent": 1.5}, {"rotary_percent": 1.0}, "(0, 1], got 1.5"),
     ("rotary_channels", {**ROPE, "kv_channels": 7}, {**ROPE, "kv_channels": 6}, "turn in pairs"),
-    ("rotary_channels", {**ROPE, "rotary_percent": 0.1}, {"rotary_percent": 0.1}, "rotates 0"),
+    ("rotary_channels", {**ROPE, "rotary_percent": 0.1}, {**ROPE, "rotary_percent": 2.0}, "rotates 0"),
     (
         "rotary_scaling",
         {"rotary_seq_len_interpolation_factor": 2.0},

@@ -1,0 +1,54 @@
+"""Recorded command lines of EE-LLM: each is a valid config, or is refused for what one process cannot do yet."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron.config.load import from_checkpoint, load
+from megatron.errors import ConfigError
+
+_GOLDEN = Path(__file__).resolve().parents[3].parent / "shared" / "golden"
+# What a line may be refused for: parallel sizes, and what needs them or comes later.
+_EXCUSES = ("-parallel size", "needs pipeline stages", "--tune-exit: ")
+
+
+def _cases(key: str) -> list:
+    found = [
+        pytest.param(case[key], id=path.parent.name)
+        for path in sorted(_GOLDEN.glob("*/case.json"))
+        if (case := json.loads(path.read_text())).get(key)
+    ]
+    return found or [pytest.param(None, marks=pytest.mark.skip(reason=f"no recorded {key} in {_GOLDEN}"))]
+
+
+@pytest.mark.parametrize("argv", _cases("argv"))
+def test_recorded_flags(argv: list[str]) -> None:
+    try:
+        config = load(argv).config
+    except ConfigError as error:
+        lines = [line for line in str(error).splitlines() if "settings need mending" not in line]
+        assert all(any(excuse in line for excuse in _EXCUSES) for line in lines), lines
+        assert "--tune-exit" in argv or any("-model-parallel-size" in word for word in argv)
+    else:
+        assert config.model.num_layers
+
+
+@pytest.mark.parametrize("stored", _cases("checkpoint_args"))
+def test_recorded_checkpoint_arguments(stored: dict) -> None:
+    for args in stored.values():
+        config = from_checkpoint(args)
+        for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "padded_vocab_size"):
+            assert getattr(config.model, name) == args[name]
+        assert list(config.exits.exit_layer_nums) == (args.get("exit_layer_nums") or [])
+        assert (config.exits.exit_norm == "own") == bool(args.get("use_exit_norm"))
+
+
+@pytest.mark.parametrize("args", _cases("args"))
+def test_recorded_arguments_make_the_same_model(args: dict) -> None:
+    """What EE-LLM parsed from a line, and what we parse from it, describe one model."""
+    stored = from_checkpoint(args)
+    case = next(path for path in _GOLDEN.glob("*/case.json") if json.loads(path.read_text()).get("args") == args)
+    model = load(json.loads(case.read_text())["argv"]).config.model
+    for name in ("ffn_size", "head_dim", "num_kv_heads", "activation", "qkv_bias", "max_positions"):
+        assert getattr(stored.model, name) == getattr(model, name), name

@@ -1,0 +1,246 @@
+"""The training loop through its command line: metrics, evaluation, stopping, and steps that go wrong."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.checkpoint.find import recognise
+from megatron.cli.pretrain import main
+from megatron.config.load import load
+from megatron.errors import NonFiniteError
+from megatron.train import checkpoints
+from megatron.train.build import build_trainer
+from megatron.train.data import make_datasets, microbatches, step_batches
+from megatron.train.loop import train
+from megatron.train.step import train_step
+from tests.unit.train.conftest import Runs, steps
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_metrics_lines(runs: Runs) -> None:
+    lines = runs.train("m", eval_interval=10, log_params_norm=True, log_num_zeros_in_grad=True)
+    training = [line for line in lines if "loss/final" in line]
+    assert [line["iteration"] for line in training] == list(range(1, 21))
+    last = training[-1]
+    assert last["consumed_samples"] == 160
+    assert last["consumed_tokens"] == 160 * 24
+    assert training[0]["lr"] == 0.0 and training[3]["lr"] == pytest.approx(2e-3)
+    assert last["weight/exit_1"] == 0.25 and last["weight/exit_3"] == 0.5
+    for key in ("loss/final", "loss/exit_1", "loss/exit_3", "grad_norm", "loss_scale", "step_time_s", "tokens_per_s",
+                "peak_memory_bytes", "params_norm", "num_zeros_in_grad"):  # fmt: skip
+        assert isinstance(last[key], (int, float)), key
+    assert training[-1]["loss/final"] < training[0]["loss/final"]
+    evaluations = [line for line in lines if "eval/loss/final" in line]
+    assert [line["iteration"] for line in evaluations] == [10, 20]
+    for place in ("final", "exit_1", "exit_3"):
+        assert evaluations[0][f"eval/ppl/{place}"] == pytest.approx(math.exp(evaluations[0][f"eval/loss/{place}"]))
+        assert 0 <= evaluations[0][f"eval/accuracy/{place}"] <= 1
+    assert 0 <= evaluations[0]["eval/agreement/exit_1"] <= 1
+    assert any("test/loss/final" in line for line in lines)
+
+
+def test_console_names(runs: Runs, capfd: pytest.CaptureFixture) -> None:
+    runs.train("m")
+    out = capfd.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith(" iteration"))
+    for part in ("lm loss:", "early loss [1]:", "early loss [3]:", "learning rate:", "grad norm:",
+                 "tokens per second:", "model TFLOP/s:", "peak memory", "ETA:"):  # fmt: skip
+        assert part in line
+
+
+def test_trains_without_exits_and_in_other_precisions(runs: Runs) -> None:
+    none = {"exit_layer_nums": None, "exit_layer_weight": None}
+    lines = steps(runs.train("none", **none))
+    assert not any("exit" in key for key in lines[0])
+    for name, changes in {"bf16": {"bf16": True}, "fp16": {"fp16": True, "initial_loss_scale": 2.0**17}}.items():
+        other = steps(runs.train(name, **none, **changes))
+        applied = [line for line in other if not line.get("skipped")]
+        assert applied[-1]["loss/final"] == pytest.approx(lines[-1]["loss/final"], rel=0.1), name
+
+
+def test_fp16_scales_exit_losses_too(runs: Runs) -> None:
+    """The whole objective is multiplied by the loss scale, so the scale changes no gradient."""
+    exits = {"exit_layer_weight": "1.0 1.0", "attention_dropout": 0, "hidden_dropout": 0, "train_iters": 4}
+    low = steps(runs.train("low", fp16=True, loss_scale=1, **exits))
+    high = steps(runs.train("high", fp16=True, loss_scale=1024, **exits))
+    for a, b in zip(low, high, strict=True):
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.02)
+        assert b["loss_scale"] == 1024
+
+
+def test_fp16_overflow_skips_and_lowers_the_scale(runs: Runs) -> None:
+    lines = steps(runs.train("m", fp16=True, initial_loss_scale=2.0**26, hysteresis=1))
+    skipped = [line for line in lines if line.get("skipped")]
+    assert skipped and skipped[0]["iteration"] == 1
+    assert lines[-1]["loss_scale"] < 2.0**26
+    first_applied = next(line for line in lines if not line.get("skipped"))
+    assert first_applied["lr"] == 0.0  # schedules stand still on skipped steps
+
+
+def poisoned(runs: Runs, **changes: object):
+    trainer = build_trainer(load(runs.flags(**changes)).config)
+    checkpoints.start(trainer)
+    return trainer
+
+
+def test_non_finite_step_changes_nothing_and_is_named(runs: Runs) -> None:
+    trainer = poisoned(runs, exit_norm="own")
+    stream = microbatches(trainer, make_datasets(trainer).train, 0)
+    train_step(trainer, step_batches(trainer, stream))
+    with torch.no_grad():
+        trainer.model.exits["3"].norm.weight[0] = math.nan
+    before = {name: tensor.clone() for name, tensor in checkpoints.state_tensors(trainer).items()}
+    report = train_step(trainer, step_batches(trainer, stream))
+    assert not report.applied
+    assert "the loss of exit 3 in microbatch 0" in report.problem and "exit 1" not in report.problem
+    after = checkpoints.state_tensors(trainer)
+    assert all(torch.equal(before[name].nan_to_num(9), after[name].nan_to_num(9)) for name in before)
+    assert trainer.progress.skipped_steps == 1
+
+
+def test_stops_after_many_non_finite_steps(runs: Runs) -> None:
+    trainer = poisoned(runs, max_nonfinite_steps=3, metrics_file=runs.root / "m.jsonl")
+    with torch.no_grad():
+        trainer.model.embedding.word.weight.fill_(math.nan)
+    with pytest.raises(NonFiniteError, match="3 steps in a row"):
+        train(trainer)
+    lines = [json.loads(line) for line in (runs.root / "m.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [True] * 3
+    assert lines[0]["loss/final"] is None and lines[0]["grad_norm"] is None
+
+
+def test_skip_train_evaluates_a_checkpoint(runs: Runs) -> None:
+    save = runs.root / "save"
+    trained = runs.train("m", save=save)
+    lines = runs.train("e", load=save, skip_train=True, eval_iters=1, no_load_optim=True)
+    assert not steps(lines)
+    after_training = [line for line in trained if "eval/loss/final" in line][-1]
+    # The same first validation batch: a resumed evaluation goes on where the last one stopped.
+    assert after_training["iteration"] == lines[0]["iteration"] == 20
+    assert lines[0]["eval/loss/final"] == pytest.approx(after_training["eval/loss/final"], rel=0.2)
+
+
+def test_signal_saves_and_exits_0(runs: Runs) -> None:
+    save = runs.root / "save"
+    argv = runs.flags(save=save, train_iters=100000, metrics_file=runs.root / "m.jsonl")
+    process = subprocess.Popen([sys.executable, str(ROOT / "pretrain_early_exit_gpt.py"), *argv],
+                               env=os.environ | {"OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (runs.root / "m.jsonl").exists() or (runs.root / "m.jsonl").stat().st_size < 2000:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    assert "SIGTERM received" in out
+    last = json.loads((runs.root / "m.jsonl").read_text().splitlines()[-1])["iteration"]
+    assert recognise(save).iteration == last
+
+
+def test_exit_duration(runs: Runs, capfd: pytest.CaptureFixture) -> None:
+    lines = runs.train("m", train_iters=100000, exit_duration_in_mins=0.02)
+    assert 1 <= len(steps(lines)) < 2000
+    assert "--exit-duration-in-mins 0.02 is over" in capfd.readouterr().out
+
+
+def test_tensorboard(runs: Runs) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    runs.train("m", tensorboard_dir=runs.root / "tb", tracker_log_interval=5)
+    events = EventAccumulator(str(runs.root / "tb")).Reload()
+    assert [point.step for point in events.Scalars("loss/exit_1")] == [5, 10, 15, 20]
+
+
+def test_training_data_that_end_are_an_error(runs: Runs, capfd: pytest.CaptureFixture) -> None:
+    """--train-samples fixes the order of magnitude; a resumed run that asks for more must say so."""
+    save = runs.root / "save"
+    runs.train("m", save=save, train_iters=5)
+    trainer = build_trainer(load(runs.flags(train_iters=5)).config)
+    checkpoints.start(trainer)
+    stream = microbatches(trainer, make_datasets(trainer).train, 10**6)
+    with pytest.raises(Exception, match="training data ended after 0 samples"):
+        step_batches(trainer, stream)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data_path": None}, "--data-path"),
+        ({"tokenizer_type": None}, "--tokenizer-type"),
+        ({"vocab_size": 20}, "token"),
+        ({"padded_vocab_size": 32}, "--padded-vocab-size 32 cannot hold"),
+        ({"load": "nowhere"}, "--load nowhere holds no checkpoint"),
+        ({"seq_length": 64, "max_position_embeddings": 32}, "--max-position-embeddings"),
+        ({"exit_layer_nums": "0 3"}, "--exit-layer-nums"),
+        ({"exit_layer_nums": "1 9"}, "--exit-layer-nums"),
+        ({"exit_layer_nums": "1 1"}, "--exit-layer-nums"),
+        ({"exit_layer_weight": "0.5"}, "--exit-layer-weight"),
+        ({"num_attention_heads": 5}, "--num-attention-heads"),
+        ({"tensor_model_parallel_size": 2}, "--tensor-model-parallel-size"),
+        ({"pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size"),
+    ],
+)
+def test_bad_input_is_one_clear_error_before_any_file(runs: Runs, capfd, changes, message) -> None:
+    save = runs.root / "save"
+    assert main(runs.flags(**({"save": save} | changes))) in (2, 4)
+    error = capfd.readouterr().err
+    assert error.startswith("error: ") and message in error
+    assert "Traceback" not in error
+    assert not save.exists()
+
+
+def test_several_processes_are_refused(runs: Runs, capfd, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(runs.flags()) == 2
+    assert "2 processes were launched" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 64}, "hidden_size"),
+        ({"num_layers": 8}, "num_layers"),
+        ({"num_attention_heads": 8}, "num_attention_heads: checkpoint 4, flags 8"),
+        ({"untie_exit_output_weights": True}, "exits.1.output.weight"),
+        ({"exit_norm": "own"}, "exits.1.norm.weight"),
+        ({"squared_relu": True}, "activation: checkpoint gelu_tanh, flags relu2"),
+        ({"lr": 1e-3}, "max_lr: checkpoint 0.002, flags 0.001"),
+        ({"optimizer": "sgd"}, "momentum_buffer"),
+    ],
+)
+def test_checkpoint_of_another_model_or_schedule_is_refused(runs: Runs, capfd, changes, message) -> None:
+    save = runs.root / "save"
+    runs.train("m", save=save, exit_interval=2)
+    capfd.readouterr()
+    assert main(runs.flags(load=save, **changes)) in (2, 4)
+    error = capfd.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_schedule_flags_may_win_or_yield(runs: Runs) -> None:
+    save = runs.root / "save"
+    runs.train("m", save=save, exit_interval=10)
+    ours = steps(runs.train("a", load=save, lr=1e-3, **{"override_opt_param-scheduler": True}))
+    theirs = steps(runs.train("b", load=save, lr=1e-3, **{"use_checkpoint_opt_param-scheduler": True}))
+    straight = steps(runs.train("c"))
+    assert [line["lr"] for line in theirs] == [line["lr"] for line in straight[10:]]
+    assert ours[0]["lr"] < theirs[0]["lr"]
+
+
+def test_exits_may_be_added_to_a_checkpoint_where_they_own_nothing(runs: Runs, capfd) -> None:
+    save = runs.root / "save"
+    runs.train("m", save=save, exit_interval=2, exit_layer_nums=None, exit_layer_weight=None)
+    lines = steps(runs.train("n", load=save, finetune=True, train_iters=5))
+    assert "loss/exit_3" in lines[0] and lines[0]["iteration"] == 1
+    assert "exit_layer_nums" in capfd.readouterr().out

@@ -1,0 +1,121 @@
+"""Stop anywhere, resume: bit for bit the run that never stopped (fp32, CPU, dropout on)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.checkpoint import native
+from megatron.checkpoint.find import recognise
+from megatron.cli.pretrain import main
+from megatron.testing.runs import train_changing_micro_batch
+from tests.unit.train.conftest import Runs, steps
+
+RAMPED = {"exit_layer_weight_init": "0.0 1.0", "exit_layer_weight_warmup_iters": 12}
+
+
+def final_state(directory: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    found = recognise(directory)
+    state = native.read(found.directory)
+    kept = ("iteration", "consumed_samples", "optimizer_samples", "optimizer_step", "grad_scaler", "skipped_steps")
+    return state.tensors, {key: state.facts[key] for key in kept}
+
+
+def assert_same_end(a: Path, b: Path) -> None:
+    tensors_a, facts_a = final_state(a)
+    tensors_b, facts_b = final_state(b)
+    assert facts_a == facts_b
+    assert tensors_a.keys() == tensors_b.keys()
+    different = [name for name in tensors_a if not torch.equal(tensors_a[name], tensors_b[name])]
+    assert not different
+
+
+def resumed(runs: Runs, k: int, **changes: object) -> list[dict]:
+    save = runs.root / "resumed"
+    first = runs.train("resumed", save=save, load=save, exit_interval=k, **changes)
+    second = runs.train("resumed", save=save, load=save, **changes)
+    assert [line["iteration"] for line in steps(first)] == list(range(1, k + 1))
+    assert {line["run"] for line in second} == {1}
+    return steps(first) + steps(second)
+
+
+VARIANTS = {
+    "gpt": {},
+    "ramped_blend": {**RAMPED, "data_path": "0.3 {corpus} 0.7 {second}"},
+    "llama_cyclic": {
+        "normalization": "RMSNorm", "position_embedding_type": "rope", "swiglu": True, "disable_bias_linear": True,
+        "untie_embeddings_and_output_weights": True, "untie_exit_output_weights": True, "exit_norm": "own",
+        "use_exit_mlp": True, "dataloader_type": "cyclic",
+    },
+    "sgd_rampup": {
+        "optimizer": "sgd", "train_iters": None, "train_samples": 120, "rampup_batch_size": "4 2 60",
+    },
+    "bf16": {"bf16": True},
+}  # fmt: skip
+
+
+def variant(runs: Runs, name: str) -> dict[str, object]:
+    places = {"corpus": runs.corpus, "second": runs.second}
+    return {k: v.format(**places) if isinstance(v, str) else v for k, v in VARIANTS[name].items()}
+
+
+def check_resume(runs: Runs, name: str, k: int) -> None:
+    changes = variant(runs, name)
+    if name == "sgd_rampup":
+        changes |= {"lr_warmup_iters": None, "lr_warmup_samples": 12}
+    straight = steps(runs.train("straight", save=runs.root / "straight", **changes))
+    assert resumed(runs, k, **changes) == straight
+    assert_same_end(runs.root / "straight", runs.root / "resumed")
+
+
+@pytest.mark.parametrize(
+    ("name", "k"),
+    [("gpt", 1), ("gpt", 13), ("ramped_blend", 7), ("ramped_blend", 19), ("llama_cyclic", 7), ("sgd_rampup", 7),
+     ("bf16", 13)],
+)  # fmt: skip
+def test_resume_is_exact(runs: Runs, name: str, k: int) -> None:
+    check_resume(runs, name, k)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("k", [1, 7, 13, 19])
+def test_resume_is_exact_everywhere(runs: Runs, name: str, k: int) -> None:
+    check_resume(runs, name, k)
+
+
+def test_same_command_twice_gives_the_same_bits(runs: Runs) -> None:
+    first = steps(runs.train("first", save=runs.root / "a", train_iters=50))
+    second = steps(runs.train("second", save=runs.root / "b", train_iters=50))
+    assert first == second
+    assert_same_end(runs.root / "a", runs.root / "b")
+
+
+def test_micro_batch_size_may_change_on_resume(runs: Runs) -> None:
+    """Saved at 8 with micro-batches of 2 and resumed with 4 = the uninterrupted run that changes at 8."""
+    save = runs.root / "stopped"
+    before = runs.train("stopped", save=save, exit_interval=8)
+    after = runs.train("stopped", save=save, load=save, micro_batch_size=4)
+    stopped = steps(before) + steps(after)
+
+    whole = train_changing_micro_batch(runs.flags(), at=8, micro_batch_size=4)
+    assert [(line["loss/final"], line["grad_norm"]) for line in stopped] == whole
+
+
+def test_evaluation_moves_nothing(runs: Runs) -> None:
+    """Evaluating in between must not disturb data order, dropout or weights."""
+    plain = steps(runs.train("plain", save=runs.root / "a"))
+    evaluated = steps(runs.train("evaluated", save=runs.root / "b", eval_interval=3))
+    assert plain == evaluated
+
+
+def test_checkpoint_alone_is_enough_to_go_on(runs: Runs) -> None:
+    save = runs.root / "straight"
+    straight = steps(runs.train("straight", save=save))
+    stopped = runs.root / "stopped"
+    runs.train("stopped", save=stopped, exit_interval=10)
+    metrics = runs.root / "alone.jsonl"
+    assert main(["--load", str(stopped), "--save", str(stopped), "--metrics-file", str(metrics)]) == 0
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert steps(lines) == straight[10:]
