@@ -1,7 +1,5 @@
 """From a config to a trainer: plain functions, one per part."""
 
-import os
-
 import torch
 
 from megatron.config.run import RunConfig
@@ -105,9 +103,3 @@ def build_weight_decay(config: RunConfig, dp_size: int) -> WeightDecaySchedule:
         return WeightDecaySchedule(flags.weight_decay, flags.weight_decay)
     length = training_samples(config.training, dp_size)
     return WeightDecaySchedule(flags.start_weight_decay, flags.end_weight_decay, flags.weight_decay_incr_style, length)
-
-
-def use_cores() -> None:
-    """Give torch the cores this process may use, unless OMP_NUM_THREADS says otherwise."""
-    if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
-        torch.set_num_threads(len(os.sched_getaffinity(0)))

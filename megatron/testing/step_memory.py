@@ -1,0 +1,53 @@
+"""Peak resident memory of training steps in a fresh process: `python -m megatron.testing.step_memory '<json>'`.
+
+The JSON holds the exit layers and sizes; the answer is one JSON line on standard output.
+"""
+
+import json
+import resource
+import sys
+import threading
+
+import torch
+
+from megatron.config.model import ExitConfig, ModelConfig
+from megatron.config.training import OptimizerConfig
+from megatron.exits.loss import Objective
+from megatron.exits.spec import FINAL
+from megatron.model.stage import Stage
+from megatron.optim.optimizer import TrainingOptimizer
+from megatron.schedule.execute import run
+from megatron.schedule.generate import one_f_one_b
+from megatron.testing.tiny import build_gpt, random_batch
+
+
+def peak_bytes() -> int:
+    """Most memory this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def measure(exits: list[int], sizes: dict[str, int], steps: int = 2) -> dict[str, int]:
+    """Train a few steps; returns peak memory above that of the empty process, and the state's own bytes."""
+    torch.set_num_threads(1)
+    empty = peak_bytes()
+    vocab, batch, length = sizes.pop("vocab"), sizes.pop("batch"), sizes["seq_length"]
+    config = ModelConfig(attention_dropout=0.0, hidden_dropout=0.0, **sizes)
+    exit_config = ExitConfig(exit_layer_nums=tuple(exits), exit_norm="own" if exits else "none")
+    model = build_gpt(config, exit_config, vocab, vocab)
+    for parameter in model.parameters():
+        parameter.grad = parameter.main_grad = None
+    optimizer = TrainingOptimizer(model.named_parameters(), OptimizerConfig())
+    stage, data = Stage(model), random_batch(batch, length, vocab)
+    goal = Objective({**dict.fromkeys(map(str, exits), 0.5), FINAL: 1.0}, {}, frozenset(), 1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        run(one_f_one_b(1, 1)[0], stage, [data], [None], goal)
+        optimizer.step(1e-3, 0.0, 1.0, True)
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"peak": peak_bytes() - empty, "state": parameters * 4 * 4, "threads": threading.active_count()}
+
+
+if __name__ == "__main__":
+    question = json.loads(sys.argv[1])
+    sys.stdout.write(json.dumps(measure(question["exits"], question["sizes"])) + "\n")
