@@ -52,8 +52,8 @@ class SelfAttention(nn.Module):
         self.recompute_core = recompute_core
         width = config.hidden_size
         qkv_rows = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv = Linear(width, qkv_rows, config.qkv_bias, "column")
-        self.proj = Linear(self.heads * self.head_dim, width, config.add_bias_linear, "row")
+        self.qkv = Linear(width, qkv_rows, config.qkv_bias)
+        self.proj = Linear(self.heads * self.head_dim, width, config.add_bias_linear)
         self.q_norm = build_norm(config, self.head_dim) if config.qk_layernorm else None
         self.k_norm = build_norm(config, self.head_dim) if config.qk_layernorm else None
 

@@ -26,8 +26,8 @@ class MLP(nn.Module):
         self.gated = config.gated
         self.activation = ACTIVATIONS[config.activation]
         rows = config.ffn_size * (2 if self.gated else 1)
-        self.up = Linear(config.hidden_size, rows, config.add_bias_linear, "column")
-        self.down = Linear(config.ffn_size, config.hidden_size, config.add_bias_linear, "row")
+        self.up = Linear(config.hidden_size, rows, config.add_bias_linear)
+        self.down = Linear(config.ffn_size, config.hidden_size, config.add_bias_linear)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [s, b, h] -> [s, b, h]."""

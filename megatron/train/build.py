@@ -1,7 +1,5 @@
 """From a config to a trainer: plain functions, one per part."""
 
-import torch
-
 from megatron.config.run import RunConfig
 from megatron.errors import ConfigError
 from megatron.logs import get_logger

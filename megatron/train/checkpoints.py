@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron.checkpoint import megatron_legacy, native
 from megatron.checkpoint.find import NATIVE, Found, recognise_if_any
 from megatron.checkpoint.state import MODEL, OPTIMIZER, RunState, copy_into
-from megatron.config.load import from_checkpoint, to_dict
+from megatron.config.load import from_checkpoint, save_config, to_dict
 from megatron.config.run import RunConfig
 from megatron.errors import CheckpointError, ConfigError
 from megatron.logs import get_logger
@@ -29,7 +29,7 @@ _MEANING = (
     ("model", "normalization"), ("model", "norm_epsilon"), ("model", "apply_layernorm_1p"),
     ("model", "apply_residual_connection_post_layernorm"), ("model", "activation"), ("model", "window_size"),
 )  # fmt: skip
-# Megatron's converters don't carry everything over: fusion flags (and with them the kind of GELU) are not to be trusted.
+# Megatron's converters lose some of these, fusion flags (and with them the kind of GELU) among them.
 _UNSURE_IN_MEGATRON = ("activation", "norm_epsilon", "rotary_seq_len_interpolation_factor", "window_size")
 _EXIT_MEANING = ("exit_layer_nums", "pre_exit", "exit_norm")
 
@@ -65,10 +65,14 @@ def facts(trainer: Trainer) -> dict[str, Any]:
 
 
 def save(trainer: Trainer) -> Path:
-    """Write a native checkpoint of the run's present state under --save; returns its directory."""
+    """Write a native checkpoint of the run's present state under --save; returns its directory.
+
+    The config lies in the checkpoint and, for `--config`, as `config.yaml` beside it.
+    """
     config = trainer.config.checkpoint
     state = RunState(state_tensors(trainer, optimizer=config.save_optim), facts(trainer))
     directory = native.save(Path(config.save), trainer.progress.iteration, state, trainer.tokenizer.files())
+    save_config(directory.parent / "config.yaml", trainer.config)
     log.info("saved %s", directory)
     return directory
 

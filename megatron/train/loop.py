@@ -194,6 +194,8 @@ def _evaluate(session: Session, split: str, dataset: Any, start: int) -> dict[st
     batch = training.global_batch_size or training.micro_batch_size * dp_size
     per_microbatch = training.micro_batch_size * dp_size
     count = training.eval_iters * batch // per_microbatch
+    if start + count * per_microbatch > len(dataset):
+        start = 0  # the split is used up: begin again
     watch = Stopwatch()
     results = evaluate(trainer.stage, limited(microbatches(trainer, dataset, start), count))
     session.console.evaluation(f"{split} evaluation", results, watch.lap())
@@ -201,7 +203,7 @@ def _evaluate(session: Session, split: str, dataset: Any, start: int) -> dict[st
     prefix = "eval" if split == "valid" else split
     session.report({f"{prefix}/{name}": value for name, value in names.items()} | {"run": trainer.progress.run})
     if split == "valid":
-        trainer.progress.consumed_valid_samples += count * per_microbatch
+        trainer.progress.consumed_valid_samples = start + count * per_microbatch
     return results
 
 
