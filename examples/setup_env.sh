@@ -25,7 +25,7 @@ LOG=.venv/ee-llm-install.log
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "error: $*"; exit 1; }
 
-usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" | sed '$d'; }
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 extras=run
 case "${1:-}" in
@@ -44,18 +44,25 @@ state() {
 
 usable_venv() { [ -x .venv/bin/python ] && .venv/bin/python -c '' 2>/dev/null; }
 
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
+is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+
+if [ -n "${EE_LLM_PYTHON:-}" ]; then
+    is_new_enough "$EE_LLM_PYTHON" || fail "EE_LLM_PYTHON=$EE_LLM_PYTHON is no Python of 3.10 or newer"
+    if usable_venv && [ "$(version_of .venv/bin/python)" != "$(version_of "$EE_LLM_PYTHON")" ]; then
+        fail ".venv is of Python $(version_of .venv/bin/python), EE_LLM_PYTHON of $(version_of "$EE_LLM_PYTHON"):" \
+            "remove .venv to change it"
+    fi
+fi
+
 # The stamp's first line says how much is installed: the test extras include the rest.
 if usable_venv && [ -f "$STAMP" ] && [ "$(tail -n +2 "$STAMP")" = "$(state)" ]; then
     installed=$(head -n 1 "$STAMP")
     if [ "$installed" = test ] || [ "$installed" = "$extras" ]; then exit 0; fi
 fi
 
-version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
-is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
-
 find_python() {
     if [ -n "${EE_LLM_PYTHON:-}" ]; then
-        is_new_enough "$EE_LLM_PYTHON" || fail "EE_LLM_PYTHON=$EE_LLM_PYTHON is no Python of 3.10 or newer"
         printf '%s' "$EE_LLM_PYTHON"
         return
     fi
@@ -71,8 +78,8 @@ find_python() {
 }
 
 # The version of a torch that is new enough (a pre-release of it too: containers ship those); nothing otherwise.
-torch_of() {
-    "$1" - "$TORCH_AT_LEAST" 2>/dev/null <<'PYTHON' || true
+torch_of() { # python, its options
+    "$@" - "$TORCH_AT_LEAST" 2>/dev/null <<'PYTHON' || true
 import re, sys, torch
 release = tuple(int(part) for part in re.match(r"(\d+)\.(\d+)", torch.__version__).groups())
 if release >= tuple(int(part) for part in sys.argv[1].split(".")):
@@ -80,8 +87,8 @@ if release >= tuple(int(part) for part in sys.argv[1].split(".")):
 PYTHON
 }
 
-# Where the calling interpreter is a virtual environment itself, its packages are not "system" ones: a path file
-# makes them visible to ours.
+# Packages of an interpreter that is a virtual environment itself, or that PYTHONPATH adds, are not "system" ones: a
+# path file makes them visible to ours for good.
 lend_packages() {
     local directory target
     directory=$("$1" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).resolve().parent.parent)')
@@ -144,18 +151,23 @@ install_torch() {
     must_install "torch==$TORCH" -c requirements.txt "torch==$TORCH"
 }
 
-# Those lines of requirement files whose package the environment lacks.
+# Those lines of requirement files whose package the environment lacks, or has too old a setuptools of: before 70.1
+# it needs a package of its own to build wheels.
 missing() {
     .venv/bin/python - "$@" <<'PYTHON'
 import importlib.metadata, re, sys
+
+def version(name):
+    try:
+        return tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version(name))[:2])
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
 for path in sys.argv[1:]:
-    for line in open(path):
+    for line in open(path, encoding="utf-8"):
         name = re.match(r"[\w.-]+", line)
-        if name:
-            try:
-                importlib.metadata.distribution(name[0])
-            except importlib.metadata.PackageNotFoundError:
-                print(line.strip())
+        if name and (version(name[0]) is None or name[0] == "setuptools" and version(name[0]) < (70, 1)):
+            print(line.strip())
 PYTHON
 }
 
@@ -163,10 +175,6 @@ started=$SECONDS
 python=
 reused=
 if usable_venv; then
-    wanted=${EE_LLM_PYTHON:+$(version_of "$EE_LLM_PYTHON" || true)}
-    if [ -n "$wanted" ] && [ "$wanted" != "$(version_of .venv/bin/python)" ]; then
-        fail ".venv is of Python $(version_of .venv/bin/python), EE_LLM_PYTHON is $wanted: remove .venv to change it"
-    fi
     say "EE-LLM: completing .venv ($(.venv/bin/python -V 2>&1))"
 else
     python=$(find_python)
@@ -174,7 +182,7 @@ else
     if [ -z "${EE_LLM_TORCH:-}" ]; then reused=$(torch_of "$python"); fi
     if [ -n "$reused" ]; then
         make_venv "$python" --system-site-packages
-        [ -n "$(torch_of .venv/bin/python)" ] || lend_packages "$python"
+        [ -n "$(torch_of .venv/bin/python -E)" ] || lend_packages "$python"
     else
         make_venv "$python"
     fi

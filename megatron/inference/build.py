@@ -40,7 +40,9 @@ def load_model(
         CheckpointError: there is no such checkpoint, it is damaged, or it does not fit its own config.
         ConfigError: the tokenizer is missing or another one; cuda was asked for and there is none.
     """
-    backend = Backend.choose({"cpu": "gloo", "cuda": "nccl", None: None}[device])
+    backend = Backend.choose("gloo" if device == "cpu" else None)
+    if device == "cuda" and not backend.is_cuda:
+        raise ConfigError("--device cuda: no GPU is visible; leave the flag out, or give cpu")
     found = recognise(Path(directory), iteration)
     config = _config(found, dtype, tokenizer)
     words = build_tokenizer(**asdict(config.tokenizer))

@@ -61,9 +61,7 @@ class Engine:
         sequence = SequenceState(self.model, segments, self._places, len(ids) + params.max_new_tokens)
         return self._run(sequence, ids, params, policy)
 
-    def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, policy: ExitPolicy | None = None
-    ) -> Result:
+    def generate(self, prompt_ids: Sequence[int], params: SamplingParams, policy: ExitPolicy | None = None) -> Result:
         """Run `stream` to its end."""
         tokens = tuple(self.stream(prompt_ids, params, policy))
         ids = [token.id for token in tokens]

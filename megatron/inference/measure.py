@@ -81,8 +81,7 @@ def compare_thresholds(
                 if on_progress is not None:
                     on_progress(done, total)
     return [
-        _row(engine, prompts, threshold, run, runs[0])
-        for threshold, run in zip([None, *thresholds], runs, strict=True)
+        _row(engine, prompts, threshold, run, runs[0]) for threshold, run in zip([None, *thresholds], runs, strict=True)
     ]
 
 

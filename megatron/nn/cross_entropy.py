@@ -80,16 +80,16 @@ def linear_cross_entropy(  # noqa: PLR0913 - one head's loss is described by all
         if temperature != 1.0:
             logits /= temperature
         counts = token_weights[part].to(precise)
-        log_z, label_logit, top = _reduce(logits, labels[part], shard)
         if need_argmax:
             result.argmax[part] = _argmax(logits, shard)
+        exponentials, total, label_logit = _normalise(logits, labels[part], shard)
         if dynamic:
-            confidence = (top - log_z).exp()
+            confidence = total.reciprocal()  # the largest exponential is 1
             result.confidence += (confidence * counts).sum()
             counts = counts * confidence
-        result.loss += ((log_z - label_logit) * counts).sum()
+        result.loss += ((total.log() - label_logit) * counts).sum()
         if need_grad:
-            slope = _logit_gradient(logits, log_z, labels[part], counts * (grad_scale / temperature), shard)
+            slope = _logit_gradient(exponentials, total, labels[part], counts * (grad_scale / temperature), shard)
             slope = slope.to(hidden.dtype)
             torch.mm(slope, weight, out=result.grad_hidden[part])
             if grad_weight is not None:
@@ -97,21 +97,28 @@ def linear_cross_entropy(  # noqa: PLR0913 - one head's loss is described by all
     return result
 
 
-def _reduce(logits: Tensor, labels: Tensor, shard: VocabShard | None) -> tuple[Tensor, Tensor, Tensor]:
-    """log-sum-exp, logit of the label, and largest logit of each row, over the whole vocabulary; each [n]."""
-    top = logits.max(dim=-1).values
-    if shard is None:
-        return logits.logsumexp(dim=-1), logits.gather(1, labels[:, None]).squeeze(1), top
-    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shard.group)
+def _normalise(logits: Tensor, labels: Tensor, shard: VocabShard | None) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(logits - largest), written over `logits` [n, V]; its sum over the whole vocabulary and the label's
+    (logit - largest), each [n]."""
+    top = logits.amax(dim=-1)
+    if shard is not None:
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shard.group)
+    logits.sub_(top[:, None])
     local, inside = _local_labels(labels, logits.shape[1], shard)
-    label_logit = logits.gather(1, local[:, None]).squeeze(1).where(inside, 0)
-    sums = torch.stack(((logits - top[:, None]).exp().sum(dim=-1), label_logit))
-    dist.all_reduce(sums, group=shard.group)
-    return sums[0].log() + top, sums[1], top
+    label_logit = logits.gather(1, local[:, None]).squeeze(1)
+    exponentials = logits.exp_()
+    total = exponentials.sum(dim=-1)
+    if shard is not None:
+        sums = torch.stack((total, label_logit.where(inside, 0)))
+        dist.all_reduce(sums, group=shard.group)
+        total, label_logit = sums
+    return exponentials, total, label_logit
 
 
-def _local_labels(labels: Tensor, columns: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """Labels as columns of this shard (0 where elsewhere), and whether they are in it."""
+def _local_labels(labels: Tensor, columns: int, shard: VocabShard | None) -> tuple[Tensor, Tensor | None]:
+    """Labels as columns of this shard (0 where elsewhere), and whether they are in it (None: all are)."""
+    if shard is None:
+        return labels, None
     local = labels - shard.start
     inside = (local >= 0) & (local < columns)
     return local.where(inside, 0), inside
@@ -129,15 +136,14 @@ def _argmax(logits: Tensor, shard: VocabShard | None) -> Tensor:
     return candidate
 
 
-def _logit_gradient(logits: Tensor, log_z: Tensor, labels: Tensor, scale: Tensor, shard: VocabShard | None) -> Tensor:
-    """scale x (softmax - one-hot label), written over `logits`."""
-    slope = logits.sub_(log_z[:, None]).exp_()
-    if shard is None:
-        slope.scatter_add_(1, labels[:, None], slope.new_full((len(labels), 1), -1.0))
-    else:
-        local, inside = _local_labels(labels, logits.shape[1], shard)
-        slope.scatter_add_(1, local[:, None], -inside[:, None].to(slope.dtype))
-    return slope.mul_(scale[:, None])
+def _logit_gradient(
+    exponentials: Tensor, total: Tensor, labels: Tensor, scale: Tensor, shard: VocabShard | None
+) -> Tensor:
+    """scale x (softmax - one-hot label), written over `exponentials`."""
+    slope = exponentials.mul_((scale / total)[:, None])
+    local, inside = _local_labels(labels, slope.shape[1], shard)
+    hit = scale if inside is None else scale * inside
+    return slope.scatter_add_(1, local[:, None], -hit[:, None])
 
 
 def _accumulate(grad_weight: Tensor, slope: Tensor, hidden: Tensor) -> None:

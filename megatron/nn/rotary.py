@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron.config.model import ModelConfig
 
-Rope = tuple[Tensor, Tensor]  # cos, sin: [s, rotated channels]
+Rope = tuple[Tensor, Tensor]  # cos, sin: [s, rotated channels / 2]
 
 
 def inverse_frequencies(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -32,19 +32,40 @@ def _stretch_low_frequencies(frequencies: Tensor, config: ModelConfig) -> Tensor
 
 
 def rotary_tables(config: ModelConfig, start: int, stop: int, like: Tensor) -> Rope:
-    """cos and sin for positions start..stop-1, [s, rotated channels], in the dtype and on the device of `like`."""
+    """cos and sin for positions start..stop-1, [s, rotated channels / 2], in the dtype and on the device of `like`."""
     precise = torch.promote_types(torch.float32, like.dtype)
     positions = torch.arange(start, stop, dtype=precise)
     angles = torch.outer(positions, inverse_frequencies(config, precise))
-    angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(like), angles.sin().to(like)
 
 
 def apply_rotary(x: Tensor, rope: Rope) -> Tensor:
     """Rotate the first channels of x [s, b, heads, head dim] by position; the rest pass through."""
-    cos, sin = (table[:, None, None] for table in rope)
-    rotated = cos.shape[-1]
-    head, rest = x[..., :rotated], x[..., rotated:]
-    first, second = head.chunk(2, dim=-1)
-    turned = head * cos + torch.cat((-second, first), dim=-1) * sin
-    return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
+    cos, sin = rope
+    return _Rotation.apply(x, cos[:, None, None], sin[:, None, None])
+
+
+class _Rotation(torch.autograd.Function):
+    """Channel i of the first half turns with channel i of the second; the gradient turns back.
+
+    Written out because autograd would keep four intermediates of the size of x and take twice the passes over memory.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _turn(grad, *ctx.saved_tensors, -1), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin, value=direction)
+    out[..., 2 * half :] = x[..., 2 * half :]
+    return out
