@@ -30,7 +30,7 @@ usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 extras=run
 case "${1:-}" in
     "") ;;
-    --test) extras=test ;;
+    --test) extras="test" ;;
     -h | --help) usage; exit 0 ;;
     *) fail "unknown word $1; see bash examples/setup_env.sh --help" ;;
 esac
@@ -91,9 +91,9 @@ PYTHON
 # path file makes them visible to ours for good.
 lend_packages() {
     local directory target
-    directory=$("$1" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).resolve().parent.parent)')
+    directory=$("$1" -c 'import pathlib, torch; print(repr(str(pathlib.Path(torch.__file__).parents[1])))')
     target=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    printf 'import site; site.addsitedir(%s)\n' "'$directory'" >"$target/ee_llm_reused_torch.pth"
+    printf 'import site; site.addsitedir(%s)\n' "$directory" >"$target/ee_llm_reused_torch.pth"
 }
 
 make_venv() { # python, options of venv
@@ -188,24 +188,24 @@ else
     fi
 fi
 
-files=requirements.txt
-if [ "$extras" = test ]; then files="requirements.txt tests/requirements.txt"; fi
+set -- requirements.txt
+if [ "$extras" = test ]; then set -- "$@" tests/requirements.txt; fi
 
 if grep -q '^include-system-site-packages = true' .venv/pyvenv.cfg && [ -z "${EE_LLM_TORCH:-}" ]; then
     say "  torch: $(torch_of .venv/bin/python) is reused"
     say "  packages that are missing beside it ..."
     # All pins are closed under dependencies, so --no-deps loses nothing and touches nothing that is there. A
     # container's constraints are for what it has, not for what it lacks.
-    # shellcheck disable=SC2086
-    missing $files >.venv/ee-llm-missing.txt
+    missing "$@" >.venv/ee-llm-missing.txt
     PIP_CONSTRAINT='' must_install "the missing packages" --no-deps -r .venv/ee-llm-missing.txt
 else
     SHOW_PROGRESS=1
     if [ -n "${EE_LLM_TORCH:-}" ] || [ -z "$(torch_of .venv/bin/python)" ]; then install_torch; fi
     SHOW_PROGRESS=
-    say "  packages: $files ..."
-    # shellcheck disable=SC2086
-    must_install "the packages of $files" $(printf -- '-r %s ' $files)
+    for file in "$@"; do
+        say "  packages of $file ..."
+        must_install "the packages of $file" -c requirements.txt -r "$file"
+    done
 fi
 
 must_install EE-LLM --no-deps --no-build-isolation -e .
