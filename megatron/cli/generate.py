@@ -205,7 +205,7 @@ def _compare(engine: Engine, prompts: list[list[int]], args: argparse.Namespace)
 def _write_text(
     engine: Engine, text: str, prompt: list[int], params: SamplingParams, policy: ConfidencePolicy | None, marks: bool
 ) -> None:
-    """Write the prompt and its continuation as it comes, then one line about it."""
+    """Write the prompt and its continuation as it comes, then one line about it and an empty one."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     stream = engine.stream(prompt, params, policy)
     sys.stdout.write(_painted(text, _DIM) if colour else text)
@@ -220,7 +220,7 @@ def _write_text(
         last = token.exit
         sys.stdout.write(part)
         sys.stdout.flush()
-    sys.stdout.write(decoder.finish() + "\n\n" + _summary(engine, tokens, marks and colour) + "\n")
+    sys.stdout.write(decoder.finish() + "\n\n" + _summary(engine, tokens, marks and colour) + "\n\n")
 
 
 def _summary(engine: Engine, tokens: list[Token], colour: bool) -> str:
@@ -235,10 +235,8 @@ def _summary(engine: Engine, tokens: list[Token], colour: bool) -> str:
 
 
 def _colour_of(engine: Engine, head: str) -> str:
-    if head == FINAL:
-        return "0"
-    return _COLOURS[engine.model.head_labels().index(head) % len(_COLOURS)]
+    return "" if head == FINAL else _COLOURS[engine.model.head_labels().index(head) % len(_COLOURS)]
 
 
 def _painted(text: str, code: str) -> str:
-    return f"\033[{code}m{text}\033[0m" if text else ""
+    return f"\033[{code}m{text}\033[0m" if text and code else text

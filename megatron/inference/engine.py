@@ -148,7 +148,7 @@ def _choose(verdict: Verdict, sampler: Sampler) -> tuple[int, float]:
     if math.isnan(verdict.confidence):
         raise CheckpointError("the model's probabilities are not finite: its weights are damaged or diverged")
     log_top = math.log(verdict.confidence)
-    top, token = verdict.top.item(), sampler.draw(verdict.logits[0])
+    top, token = int(verdict.top), sampler.draw(verdict.logits[0])
     if token is None or token == top:
         return top, log_top
     below = verdict.logits[0, token] - verdict.logits[0, top]

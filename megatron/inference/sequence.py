@@ -67,7 +67,10 @@ class Places:
         rope = None if self._rope is None else (self._rope[0][start:stop], self._rope[1][start:stop])
         if stop - start == 1:
             return LayerContext(rope, self._single[..., -stop:])
-        return LayerContext(rope, attention_mask(stop - start, stop, self._window, None, self._device))
+        mask = attention_mask(stop - start, stop, self._window, None, self._device)
+        if mask is not None:  # additive, as above: attention would turn it into that in every layer anew
+            mask = self._single.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+        return LayerContext(rope, mask)
 
 
 class SequenceState:

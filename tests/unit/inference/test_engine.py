@@ -103,6 +103,16 @@ def test_cap_on_deferred_tokens_changes_no_token(variant: str, cap: int) -> None
     assert capped.layer_passes >= free.layer_passes
 
 
+@pytest.mark.parametrize("cap", [0, 1, 2])
+def test_no_more_positions_than_the_cap_stay_deferred(cap: int) -> None:
+    """All leave after layer 1 of 4; the other 3 layers then run over `cap` + 1 positions at a time."""
+    result = engine_of(make("llama")).generate(prompt_of(5), params(9), ConfidencePolicy(0.0, max_deferred=cap))
+    catch_up = [token.layer_executions - 1 for token in result.tokens[1:]]
+    assert catch_up[0] == 3 * 5  # the prompt
+    later = [(3 * (cap + 1) if i % (cap + 1) == 0 else 0) for i in range(1, 8)]
+    assert catch_up[1:] == later
+
+
 def test_exits_not_in_exit_layers_are_not_taken() -> None:
     model = make("llama")
     result = engine_of(model).generate(prompt_of(8), params(20), ConfidencePolicy(0.0, exit_layers=(3,)))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -244,3 +245,36 @@ def test_exits_may_be_added_to_a_checkpoint_where_they_own_nothing(runs: Runs, c
     lines = steps(runs.train("n", load=save, finetune=True, train_iters=5))
     assert "loss/exit_3" in lines[0] and lines[0]["iteration"] == 1
     assert "exit_layer_nums" in capfd.readouterr().out
+
+
+def test_wandb_gets_the_same_numbers(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[int, dict]] = []
+
+    class Run:
+        def log(self, values: dict, step: int) -> None:
+            logged.append((step, values))
+
+        def finish(self) -> None:
+            logged.append((-1, {}))
+
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **settings: Run() if settings["project"] == "exits" else None
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    lines = steps(runs.train("m", wandb_project="exits", tracker_log_interval=10))
+    by_step = {step: values for step, values in logged if "loss/final" in values}
+    assert sorted(by_step) == [10, 20]
+    assert by_step[20]["loss/exit_3"] == lines[-1]["loss/exit_3"]
+    assert logged[-1] == (-1, {})
+
+
+def test_missing_logger_is_named_with_its_mend(runs: Runs, capfd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main(runs.flags(wandb_project="exits")) == 2
+    assert "pip install 'ee-llm[log]'" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_the_same(runs: Runs) -> None:
+    plain = {"attention_dropout": 0, "hidden_dropout": 0, "train_iters": 6}
+    for a, b in zip(steps(runs.train("a", **plain)), steps(runs.train("b", torch_compile=True, **plain)), strict=True):
+        assert a["loss/final"] == pytest.approx(b["loss/final"], rel=1e-5)
