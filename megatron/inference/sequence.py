@@ -45,18 +45,16 @@ def cut(num_layers: int, exits: Sequence[ExitSpec]) -> tuple[Segment, ...]:
 
 
 class Places:
-    """What depends on positions alone, made once per model: rotary tables, position ids, masks of single queries."""
+    """What depends on positions alone: rotary tables and position ids, made once per model, and masks."""
 
     def __init__(self, model: GPT) -> None:
         config, like = model.config, model.embedding.word.weight
         limit = config.max_positions
-        self._device, self._window = like.device, config.window_size
+        self._window = config.window_size
         self._rope = rotary_tables(config, 0, limit, like) if config.position_embedding_type == "rope" else None
         learned = config.position_embedding_type == "learned_absolute"
         self._ids = torch.arange(limit, device=like.device)[None] if learned else None
-        # The last n columns are the additive mask of one query that looks at n keys: the newest `window` are seen.
-        self._single = like.new_zeros(1, 1, 1, limit)
-        self._single[..., : limit - min(self._window or limit, limit)] = -torch.inf
+        self._like = like
 
     def ids(self, start: int, stop: int) -> Tensor | None:
         """Position ids [1, stop - start], where the embedding needs them."""
@@ -65,11 +63,9 @@ class Places:
     def context(self, start: int, stop: int) -> LayerContext:
         """Rotary tables of positions start..stop-1, and their mask over keys 0..stop-1."""
         rope = None if self._rope is None else (self._rope[0][start:stop], self._rope[1][start:stop])
-        if stop - start == 1:
-            return LayerContext(rope, self._single[..., -stop:])
-        mask = attention_mask(stop - start, stop, self._window, None, self._device)
-        if mask is not None:  # additive, as above: attention would turn it into that in every layer anew
-            mask = self._single.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+        mask = attention_mask(stop - start, stop, self._window, None, self._like.device)
+        if mask is not None:  # additive at once: attention would turn it into that in every layer anew
+            mask = self._like.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
         return LayerContext(rope, mask)
 
 

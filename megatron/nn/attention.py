@@ -18,14 +18,14 @@ from megatron.nn.rotary import Rope, apply_rotary
 def attention_mask(
     queries: int, keys: int, window: int | None, document_ids: Tensor | None, device: torch.device
 ) -> Tensor | None:
-    """Mask [b or 1, 1, queries, keys] for queries that are the last positions of keys; None if plain causal.
+    """Mask [b or 1, 1, queries, keys] for queries that are the last positions of keys.
 
-    document_ids [b, keys] restricts attention to equal ids; window to that many positions, the own included.
+    None where none is needed: plain causal attention, or a single query that sees every key. document_ids [b, keys]
+    restricts attention to equal ids; window to that many positions, the own included.
     """
-    if queries == keys and window is None and document_ids is None:
+    whole = window is None or keys <= window
+    if queries in (1, keys) and whole and document_ids is None:
         return None
-    if queries == 1 and (window is None or keys <= window) and document_ids is None:
-        return torch.ones(1, 1, 1, keys, dtype=torch.bool, device=device)
     key = torch.arange(keys, device=device)
     query = key[keys - queries :, None]
     visible = key <= query
@@ -59,11 +59,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None, cache: LayerKV | None = None) -> Tensor:
         """x [s, b, h] -> [s, b, h]; with a cache, x are the positions after those cached."""
-        q, k, v = self._project(x)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = apply_rotary(q, rope), apply_rotary(k, rope)
+        q, k, v = self._project(x, rope)
         if cache is not None:
             k, v = cache.append(k, v)
         if self.recompute_core and self.training and torch.is_grad_enabled():
@@ -72,13 +68,18 @@ class SelfAttention(nn.Module):
             out = self._attend(q, k, v, mask)
         return self.proj(out)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [s, b, heads, d], keys and values [s, b, kv heads, d] from Megatron's grouped QKV rows."""
+    def _project(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [s, b, heads, d], keys and values [s, b, kv heads, d], normalised and rotated."""
         s, b, _ = x.shape
         per_group = self.heads // self.kv_heads
-        mixed = self.qkv(x).view(s, b, self.kv_heads, per_group + 2, self.head_dim)
-        q, k, v = mixed.split((per_group, 1, 1), dim=3)
-        return q.reshape(s, b, self.heads, self.head_dim), k.squeeze(3), v.squeeze(3)
+        # Megatron's rows: per group its query heads, its key, its value.
+        grouped = self.qkv(x).view(s, b, self.kv_heads, per_group + 2, self.head_dim)
+        turning, v = grouped[..., :-1, :], grouped[..., -1, :]
+        if self.q_norm is not None and self.k_norm is not None:
+            turning = torch.cat((self.q_norm(turning[..., :-1, :]), self.k_norm(turning[..., -1:, :])), dim=3)
+        if rope is not None:
+            turning = apply_rotary(turning, rope)  # queries and keys in one pass
+        return turning[..., :-1, :].reshape(s, b, self.heads, self.head_dim), turning[..., -1, :], v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """[sq, b, heads, d] x [sk, b, kv heads, d] -> [sq, b, heads * d]."""
@@ -88,7 +89,7 @@ class SelfAttention(nn.Module):
             v.permute(1, 2, 0, 3),
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None,
+            is_causal=mask is None and q.shape[0] > 1,  # a single query sees all keys
             enable_gqa=self.kv_heads != self.heads,
         )
         return out.permute(2, 0, 1, 3).flatten(2)

@@ -66,4 +66,4 @@ class TransformerLayer(nn.Module):
         return LayerOutput(residual + self._drop(self.mlp(normed)), residual, normed)
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return F.dropout(x, self.dropout) if self.training and self.dropout > 0 else x

@@ -40,9 +40,9 @@ def rotary_tables(config: ModelConfig, start: int, stop: int, like: Tensor) -> R
 
 
 def apply_rotary(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate the first channels of x [s, b, heads, head dim] by position; the rest pass through."""
-    cos, sin = rope
-    return _Rotation.apply(x, cos[:, None, None], sin[:, None, None])
+    """Rotate the first channels of x [s, ..., head dim] by position; the rest pass through."""
+    cos, sin = (table.view(len(table), *(1,) * (x.dim() - 2), -1) for table in rope)
+    return _Rotation.apply(x, cos, sin) if torch.is_grad_enabled() else _turn(x, cos, sin, 1)
 
 
 class _Rotation(torch.autograd.Function):
