@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron.errors import StorageError
+from megatron.files import atomic_write
 
 _REPLACED = re.compile(r"(?P<name>.+)\.replaced-[0-9a-f]{32}")
 
@@ -50,16 +51,12 @@ def replace_file(path: Path, text: str) -> None:
     Raises:
         StorageError: the disk is full or read-only, or permission is missing.
     """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        _flush(temporary)
-        temporary.replace(path)
+        with atomic_write(str(path)) as file:
+            file.write(text.encode())
         _flush(path.parent)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _take_name(staging: Path, final: Path) -> None:

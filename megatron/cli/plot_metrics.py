@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron.cli.guard import run_guarded
-from megatron.data.atomic import atomic_write
 from megatron.errors import ConfigError, DataError, StorageError
 from megatron.exits.spec import FINAL
+from megatron.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

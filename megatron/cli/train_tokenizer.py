@@ -7,9 +7,9 @@ from pathlib import Path
 
 from megatron.cli.guard import run_guarded
 from megatron.cli.reading_progress import ReadingProgress
-from megatron.data.atomic import atomic_write
 from megatron.data.text_files import BadRecord, check_keys, find_inputs, input_size, read_batches
 from megatron.errors import DataError, StorageError
+from megatron.files import atomic_write
 from megatron.tokenizer.gpt2 import END_OF_TEXT
 from megatron.tokenizer.training import tokenizer_files, train_byte_level_bpe
 

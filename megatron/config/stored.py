@@ -4,13 +4,10 @@ A checkpoint's config is ours (nested by section) or the arguments of a Megatron
 """
 
 import json
-import os
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import yaml
 
@@ -20,6 +17,7 @@ from megatron.config.problems import raise_if_any
 from megatron.config.rules import check
 from megatron.config.run import RunConfig
 from megatron.errors import StorageError
+from megatron.files import atomic_write
 from megatron.logs import get_logger
 
 _logger = get_logger(__name__)
@@ -86,16 +84,10 @@ def save_config(path: str | Path, config: RunConfig) -> None:
     path, data = Path(path), to_dict(config)
     as_yaml = path.suffix in (".yaml", ".yml")
     text = yaml.safe_dump(data, sort_keys=False) if as_yaml else json.dumps(data, indent=2) + "\n"
-    beside = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        with atomic_write(str(path)) as file:
+            file.write(text.encode())
     except OSError as error:
-        with suppress(OSError):
-            beside.unlink()
         raise StorageError(f"{path}: cannot write the configuration: {error.strerror}") from error
 
 

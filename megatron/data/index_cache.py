@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.data.atomic import atomic_write
+from megatron.files import atomic_write
 from megatron.logs import get_logger
 
 logger = get_logger(__name__)

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron.data.atomic import atomic_write, temporary_name
 from megatron.errors import DataError, StorageError
+from megatron.files import atomic_write, temporary_name
 from megatron.logs import get_logger
 
 logger = get_logger(__name__)

@@ -6,6 +6,7 @@ Neighbours hold a `Tokenizer` made by `megatron.tokenizer.build.build_tokenizer`
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from megatron.errors import ConfigError, DataError
@@ -65,7 +66,7 @@ class Tokenizer(ABC):
         """The files it was built from: copied beside a checkpoint, they build the same tokenizer again."""
         return list(self._files)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 of the type, its settings and the contents of its files: equal means the same ids."""
         digest = hashlib.sha256(f"{type(self).__name__}\n{self._settings}\n".encode())

@@ -1,4 +1,4 @@
-"""`pytest tests/golden --golden DIR`: cases are found by their `case.json`, so other cases of the same kinds run too."""
+"""`pytest tests/golden --golden DIR`: cases are found by their `case.json`; others of the same kinds run unchanged."""
 
 import json
 from functools import cache

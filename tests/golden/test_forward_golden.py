@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from megatron.config.load import load
 
 from megatron.checkpoint import megatron_legacy
 from megatron.checkpoint.find import recognise
 from megatron.checkpoint.legacy_names import native_name
+from megatron.config.load import load
 from megatron.data.loader import make_microbatch
 from megatron.exits.spec import FINAL
 from megatron.model.names import named_parts

@@ -1,0 +1,46 @@
+"""The files of the repository, as the house rules look at them."""
+
+import ast
+import subprocess
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "megatron"
+
+
+@cache
+def tracked() -> tuple[Path, ...]:
+    """All files of the project: what git tracks or would; without git, everything but hidden and built files."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    try:
+        names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        found = (path for top in ROOT.iterdir() if top.name[0] != "." for path in (top, *top.rglob("*")))
+        return tuple(path for path in found if path.is_file() and "__pycache__" not in path.parts)
+    return tuple(ROOT / name for name in names if name and (ROOT / name).is_file())
+
+
+def product_sources() -> list[Path]:
+    """The Python files that users run: package, tools, examples, entry points; not the tests."""
+    return [path for path in tracked() if path.suffix == ".py" and ROOT / "tests" not in path.parents]
+
+
+def shown(path: Path) -> str:
+    """A path as messages show it."""
+    return path.relative_to(ROOT).as_posix()
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a Python file."""
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` for a chain of attributes on a name, else an empty string."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (base := dotted(node.value)):
+        return f"{base}.{node.attr}"
+    return ""
