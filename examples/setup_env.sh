@@ -151,8 +151,8 @@ install_torch() {
     must_install "torch==$TORCH" -c requirements.txt "torch==$TORCH"
 }
 
-# Those lines of requirement files whose package the environment lacks, or has too old a setuptools of: before 70.1
-# it needs a package of its own to build wheels.
+# Those lines of requirement files whose package the environment lacks, or has too old a setuptools of: before 77
+# it cannot read our pyproject.toml.
 missing() {
     .venv/bin/python - "$@" <<'PYTHON'
 import importlib.metadata, re, sys
@@ -166,7 +166,7 @@ def version(name):
 for path in sys.argv[1:]:
     for line in open(path, encoding="utf-8"):
         name = re.match(r"[\w.-]+", line)
-        if name and (version(name[0]) is None or name[0] == "setuptools" and version(name[0]) < (70, 1)):
+        if name and (version(name[0]) is None or name[0] == "setuptools" and version(name[0]) < (77,)):
             print(line.strip())
 PYTHON
 }

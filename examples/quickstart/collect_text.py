@@ -20,6 +20,7 @@ import sysconfig
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,6 +31,11 @@ HELD_OUT_SHARE = 0.08
 TOPICS = "topics.py"  # the language reference: too large a share of all prose to be left out of training
 LIBRARIES = ("numpy", "torch", "setuptools", "pip")  # read only where the standard library is not enough
 SKIPPED = {"site-packages", "dist-packages", "__pycache__", "encodings", "test", "tests", "idle_test"}
+
+
+def draw(name: str) -> float:
+    """A number in [0, 1) that looks random and depends on nothing but the name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,7 @@ class Source:
         """
         names = Path(self.name).parts
         key = "/".join(names[-2:]) if names[-1] in ("__init__.py", "__main__.py") else names[-1]
-        draw = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
-        return "heldout" if draw < HELD_OUT_SHARE and key != TOPICS else "train"
+        return "heldout" if draw(key) < HELD_OUT_SHARE and key != TOPICS else "train"
 
 
 @dataclass
@@ -106,13 +111,13 @@ class Collection:
 
 
 def find_sources(root: Path, skipped: set[str]) -> list[Source]:
-    """All Python files below `root`, in an order that does not depend on the file system."""
-    found = []
+    """All Python files below `root`: the language reference first, then mixed, the same way on every machine."""
+    found: list[Source] = []
     for directory, below, names in os.walk(root):
         below[:] = sorted(set(below) - skipped)
         paths = [Path(directory, name) for name in names if name.endswith(".py")]
         found += [Source(path, path.relative_to(root).as_posix()) for path in paths]
-    return sorted(found, key=lambda source: source.name)
+    return sorted(found, key=lambda source: (source.path.name != TOPICS, draw(source.name)))
 
 
 def stages() -> Iterator[list[Source]]:
@@ -166,15 +171,14 @@ def paragraphs(text: str) -> Iterator[str]:
 
 
 def collect(directory: Path, target: int) -> Collection:
-    """Read stage after stage until `target` bytes are there; the standard library is always read whole."""
+    """Read stage after stage until `target` bytes are there."""
     collection = Collection(directory)
     with tqdm(total=target, unit="B", unit_scale=True, desc="Collected", dynamic_ncols=True, disable=None) as bar:
-        for number, sources in enumerate(stages()):
-            for source in sources:
-                if number > 0 and collection.total() >= target:
-                    break
-                collection.add(source)
-                bar.update(min(target, collection.total()) - bar.n)
+        for source in chain.from_iterable(stages()):
+            if collection.total() >= target:
+                break
+            collection.add(source)
+            bar.update(min(target, collection.total()) - bar.n)
     collection.close()
     return collection
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 X_KEYS = {"tokens": "consumed_tokens", "samples": "consumed_samples", "iterations": "iteration"}
+TRAIN, HELD_OUT = "loss/", "eval/loss/"  # kinds of lines, by the names of what they hold
+Rows = dict[tuple[int, str], dict[str, Any]]  # (iteration, kind) -> a line
 SIZE = (10.0, 5.2)  # inches; at 110 dots per inch as wide as a README is shown
 INK, FAINT = "#1f2933", "#c3cad3"
 COLOURS = np.array([(0.90, 0.49, 0.13), (0.13, 0.60, 0.53), (0.11, 0.29, 0.62)])  # first exit ... final head
@@ -56,12 +58,11 @@ def read_metrics(path: Path, x_axis: str = "tokens") -> list[Head]:
     """
     rows = _read_rows(path)
     key = X_KEYS[x_axis]
-    position = {i: row[key] for (i, kind), row in rows.items() if kind == "train" and key in row}
-    names = {k.removeprefix("eval/").removeprefix("loss/") for row in rows.values() for k in row if "loss/" in k}
+    position = {i: row[key] for (i, kind), row in rows.items() if kind == TRAIN and key in row}
+    names = {k.removeprefix(kind) for (_, kind), row in rows.items() for k in row if kind and k.startswith(kind)}
     heads = []
-    for name in sorted(names - {"test"}, key=_depth):
-        train = _curve(rows, "train", f"loss/{name}", position)
-        held_out = _curve(rows, "eval", f"eval/loss/{name}", position)
+    for name in sorted(names, key=_depth):
+        train, held_out = (_curve(rows, kind, name, position) for kind in (TRAIN, HELD_OUT))
         if len(train[0]) or len(held_out[0]):
             heads.append(Head(name, *train, *held_out))
     if not heads:
@@ -101,8 +102,8 @@ def draw(heads: Sequence[Head], title: str, x_axis: str = "tokens", log_x: bool 
     return figure
 
 
-def _read_rows(path: Path) -> dict[tuple[int, str], dict[str, Any]]:
-    rows: dict[tuple[int, str], dict[str, Any]] = {}
+def _read_rows(path: Path) -> Rows:
+    rows: Rows = {}
     try:
         with open(path, encoding="utf-8") as file:
             lines = file.read().splitlines()
@@ -111,7 +112,7 @@ def _read_rows(path: Path) -> dict[tuple[int, str], dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            kind = "eval" if any(name.startswith("eval/") for name in row) else "train"
+            kind = next((kind for kind in (TRAIN, HELD_OUT) for name in dict(row) if name.startswith(kind)), "")
             rows[int(row["iteration"]), kind] = row
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
@@ -120,12 +121,12 @@ def _read_rows(path: Path) -> dict[tuple[int, str], dict[str, Any]]:
     return rows
 
 
-def _curve(rows: dict, kind: str, key: str, position: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and finite values of `key`, in the order of the iterations."""
+def _curve(rows: Rows, kind: str, name: str, position: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and finite losses of a head, in the order of the iterations."""
     points = [
-        (position.get(i, i), row[key])
+        (position.get(i, i), row[kind + name])
         for (i, found), row in sorted(rows.items())
-        if found == kind and row.get(key) is not None
+        if found == kind and row.get(kind + name) is not None
     ]
     table = np.array(points, dtype=float).reshape(-1, 2)
     return table[:, 0], table[:, 1]

@@ -9,16 +9,23 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron"
 
 
+MADE = {"build", "dist", "runs", "quickstart-run", "__pycache__"}
+
+
 @cache
 def tracked() -> tuple[Path, ...]:
-    """All files of the project: what git tracks or would; without git, everything but hidden and built files."""
+    """All files of the project: what git tracks or would; without git, what is neither hidden nor made by a run."""
     command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     try:
         names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
     except (OSError, subprocess.CalledProcessError):
-        found = (path for top in ROOT.iterdir() if top.name[0] != "." for path in (top, *top.rglob("*")))
-        return tuple(path for path in found if path.is_file() and "__pycache__" not in path.parts)
+        names = [shown(path) for path in ROOT.rglob("*") if not is_made(path.relative_to(ROOT).parts)]
     return tuple(ROOT / name for name in names if name and (ROOT / name).is_file())
+
+
+def is_made(parts: tuple[str, ...]) -> bool:
+    """Whether a path, in parts, is hidden, built or written by a run."""
+    return any(part in MADE or part[0] == "." or part.endswith((".egg-info", ".so")) for part in parts)
 
 
 def product_sources() -> list[Path]:

@@ -1,0 +1,12 @@
+"""Draw the loss of every exit from a metrics file: python tools/plot_metrics.py --help."""
+
+import sys
+from pathlib import Path
+
+# the package of this checkout, wherever the script is called from and whatever else is installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron.cli.plot_metrics import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
