@@ -1,8 +1,15 @@
 """Pretrain (or evaluate) a GPT or Llama with early exits: `python pretrain_early_exit_gpt.py --help`."""
 
-import sys
 
-from megatron.cli.pretrain import main
+def run() -> int:
+    """Import and run; Ctrl-C while torch is being imported ends quietly, too."""
+    try:
+        from megatron.cli.pretrain import main
+
+        return main()
+    except KeyboardInterrupt:
+        return 130
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(run())

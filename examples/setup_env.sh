@@ -21,6 +21,7 @@ TORCH=2.13.0
 TORCH_AT_LEAST=2.11
 STAMP=.venv/ee-llm-stamp
 LOG=.venv/ee-llm-install.log
+REUSED=.venv/ee-llm-reused-torch
 
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "error: $*"; exit 1; }
@@ -89,6 +90,7 @@ PYTHON
 
 # Packages of an interpreter that is a virtual environment itself, or that PYTHONPATH adds, are not "system" ones: a
 # path file makes them visible to ours for good.
+is_virtual() { "$1" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)'; }
 lend_packages() {
     local directory target
     directory=$("$1" -c 'import pathlib, torch; print(repr(str(pathlib.Path(torch.__file__).parents[1])))')
@@ -180,24 +182,32 @@ else
     python=$(find_python)
     say "EE-LLM: making .venv with $("$python" -V 2>&1) ($(command -v "$python"))"
     if [ -z "${EE_LLM_TORCH:-}" ]; then reused=$(torch_of "$python"); fi
-    if [ -n "$reused" ]; then
+    if [ -n "$reused" ] && ! is_virtual "$python"; then
         make_venv "$python" --system-site-packages
-        [ -n "$(torch_of .venv/bin/python -E)" ] || lend_packages "$python"
     else
         make_venv "$python"
+    fi
+    if [ -n "$reused" ]; then
+        [ -n "$(torch_of .venv/bin/python -E)" ] || lend_packages "$python"
+        printf '%s\n' "$reused" >"$REUSED"
     fi
 fi
 
 set -- requirements.txt
 if [ "$extras" = test ]; then set -- "$@" tests/requirements.txt; fi
 
-if grep -q '^include-system-site-packages = true' .venv/pyvenv.cfg && [ -z "${EE_LLM_TORCH:-}" ]; then
+if [ -f "$REUSED" ] && [ -z "${EE_LLM_TORCH:-}" ]; then
     say "  torch: $(torch_of .venv/bin/python) is reused"
     say "  packages that are missing beside it ..."
     # All pins are closed under dependencies, so --no-deps loses nothing and touches nothing that is there. A
     # container's constraints are for what it has, not for what it lacks.
     missing "$@" >.venv/ee-llm-missing.txt
     PIP_CONSTRAINT='' must_install "the missing packages" --no-deps -r .venv/ee-llm-missing.txt
+    if [ "$extras" = test ]; then
+        # lint has to be of the pinned version, and its commands have to be in .venv/bin
+        grep -E '^(ruff|import-linter)==' tests/requirements.txt >.venv/ee-llm-linters.txt
+        PIP_CONSTRAINT='' must_install "the linters" --no-deps --ignore-installed -r .venv/ee-llm-linters.txt
+    fi
 else
     SHOW_PROGRESS=1
     if [ -n "${EE_LLM_TORCH:-}" ] || [ -z "$(torch_of .venv/bin/python)" ]; then install_torch; fi

@@ -5,11 +5,13 @@ every assignment is verified against the parameters' shapes.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from megatron.checkpoint.legacy_names import TIED_COPY
+from megatron.checkpoint.typed import count, mapping, sequence
 from megatron.errors import CheckpointError
 
 _KINDS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -17,6 +19,14 @@ _NO_OPTIMIZER = "Give --no-load-optim or --finetune to take the weights alone"
 
 Key = tuple[int, str]
 """(chunk of an interleaved pipeline, legacy name)."""
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """An optimizer's state by number: of each group its parameters' numbers, of each number its moments by kind."""
+
+    groups: list[list[int]]
+    moments: dict[int, dict[str, Tensor]]
 
 
 def optimizer_parts(
@@ -31,9 +41,7 @@ def optimizer_parts(
     """
     if not isinstance(state, dict):
         raise CheckpointError(f"{where}: there is no optimizer state. {_NO_OPTIMIZER}")
-    inner = _torch_state(state)
-    if "state" not in inner or not all("params" in group for group in inner["param_groups"]):
-        raise CheckpointError(f"{where}: the optimizer's state is sharded and is not read. {_NO_OPTIMIZER}")
+    inner = _numbered(state, where)
     trained = [key for key in parameters if not tune_exit or "exit" in key[1] or ".branch." in key[1]]
     masters = state.get("fp32_from_fp16_params")
     orders = [_early_exit_order(trained), _plain_order(trained)]
@@ -45,18 +53,46 @@ def optimizer_parts(
     raise CheckpointError(f"{where}: the optimizer's state belongs to other parameters. {_NO_OPTIMIZER}")
 
 
-def optimizer_step(state: Mapping[str, Any]) -> int | None:
-    """The number of updates an optimizer has made, from its groups or its first entry; None if it doesn't say."""
-    inner = _torch_state(state)
-    for holder in [*inner.get("param_groups", ()), *inner.get("state", {}).values()]:
+def optimizer_step(state: Mapping[str, Any], where: str) -> int | None:
+    """The number of updates an optimizer has made, from its groups or its first entry; None if it doesn't say.
+
+    `state` is one that `optimizer_parts` took.
+
+    Raises:
+        CheckpointError: the number isn't one.
+    """
+    inner = state.get("optimizer", state)
+    for holder in [*inner["param_groups"], *inner["state"].values()]:
         if "step" in holder:
-            return int(holder["step"])
+            return count(holder, "step", f"{where}, optimizer")
     return None
 
 
-def _torch_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The inner optimizer's own state: mixed precision wraps it."""
-    return state.get("optimizer", state)
+def counts_steps(state: Mapping[str, Any]) -> bool:
+    """Whether an optimizer that `optimizer_parts` took is of the Adam family, whose update depends on its step."""
+    return any("exp_avg" in entry for entry in state.get("optimizer", state)["state"].values())
+
+
+def _numbered(state: Mapping[str, Any], where: str) -> Numbered:
+    """The inner optimizer's own state (mixed precision wraps it), taken apart."""
+    inner = mapping(state, "optimizer", where) if "optimizer" in state else state
+    where = f"{where}, optimizer"
+    groups = sequence(inner, "param_groups", where)
+    if not all(isinstance(group, Mapping) for group in groups):
+        raise CheckpointError(f"{where}: param_groups are no mappings: the checkpoint is damaged")
+    if "state" not in inner or not all("params" in group for group in groups):
+        raise CheckpointError(f"{where}: the optimizer's state is sharded and is not read. {_NO_OPTIMIZER}")
+    moments: dict[int, dict[str, Tensor]] = {}
+    for number, entry in mapping(inner, "state", where).items():
+        if not isinstance(entry, Mapping):
+            raise CheckpointError(f"{where}: entry {number} is no mapping: the checkpoint is damaged")
+        moments[number] = {kind: entry[kind] for kind in _KINDS if entry.get(kind) is not None}
+        if not all(isinstance(tensor, Tensor) for tensor in moments[number].values()):
+            raise CheckpointError(f"{where}: entry {number} holds a moment that is no tensor")
+    numbers = [list(sequence(group, "params", where)) for group in groups]
+    if not all(isinstance(number, int) for group in numbers for number in group):
+        raise CheckpointError(f"{where}: params are no numbers: the checkpoint is damaged")
+    return Numbered(numbers, moments)
 
 
 def _early_exit_order(keys: list[Key]) -> list[Key]:
@@ -78,33 +114,29 @@ def _decay_groups(order: list[Key], parameters: Mapping[Key, Tensor]) -> list[li
     return [group for group in groups if group]
 
 
-def _fits(inner: Mapping[str, Any], groups: list[list[Key]], parameters: Mapping[Key, Tensor]) -> bool:
-    recorded = [group["params"] for group in inner["param_groups"]]
-    if [len(group) for group in recorded] != [len(group) for group in groups]:
+def _fits(inner: Numbered, groups: list[list[Key]], parameters: Mapping[Key, Tensor]) -> bool:
+    if [len(group) for group in inner.groups] != [len(group) for group in groups]:
         return False
     return all(
         tensor.shape == parameters[key].shape
-        for numbers, keys in zip(recorded, groups, strict=True)
+        for numbers, keys in zip(inner.groups, groups, strict=True)
         for number, key in zip(numbers, keys, strict=True)
-        for kind, tensor in inner["state"].get(number, {}).items()
-        if kind in _KINDS and tensor is not None
+        for tensor in inner.moments.get(number, {}).values()
     )
 
 
-def _moments(inner: Mapping[str, Any], groups: list[list[Key]]) -> dict[str, dict[Key, Tensor]]:
+def _moments(inner: Numbered, groups: list[list[Key]]) -> dict[str, dict[Key, Tensor]]:
     found: dict[str, dict[Key, Tensor]] = {}
-    for group, keys in zip(inner["param_groups"], groups, strict=True):
-        for number, key in zip(group["params"], keys, strict=True):
-            for kind, tensor in inner["state"].get(number, {}).items():
-                if kind in _KINDS and tensor is not None:
-                    found.setdefault(kind, {})[key] = tensor
+    for numbers, keys in zip(inner.groups, groups, strict=True):
+        for number, key in zip(numbers, keys, strict=True):
+            for kind, tensor in inner.moments.get(number, {}).items():
+                found.setdefault(kind, {})[key] = tensor
     return found
 
 
-def _masters(
-    masters: list[list[Tensor]], groups: list[list[Key]], parameters: Mapping[Key, Tensor], where: str
-) -> dict[Key, Tensor]:
-    shapes = [[tensor.shape for tensor in group] for group in masters]
+def _masters(masters: Any, groups: list[list[Key]], parameters: Mapping[Key, Tensor], where: str) -> dict[Key, Tensor]:
+    lists = isinstance(masters, list | tuple) and all(isinstance(group, list | tuple) for group in masters)
+    shapes = [[getattr(tensor, "shape", None) for tensor in group] for group in masters] if lists else None
     if shapes != [[parameters[key].shape for key in keys] for keys in groups]:
         raise CheckpointError(f"{where}: the fp32 weights belong to other parameters. {_NO_OPTIMIZER}")
     return {

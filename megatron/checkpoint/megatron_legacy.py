@@ -3,7 +3,8 @@
 Names of tensors come from legacy_names.py, files from the restricted reader in safe.py: nothing in a file runs.
 """
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from megatron.checkpoint import legacy_names as names
 from megatron.checkpoint.find import LEGACY_FILE, MEGATRON, RANK_DIRECTORY
-from megatron.checkpoint.legacy_optimizer import optimizer_parts, optimizer_step
-from megatron.checkpoint.safe import EnumMember, Namespace, read_legacy
+from megatron.checkpoint.legacy_facts import json_able, optimizer_facts, scheduler_facts
+from megatron.checkpoint.legacy_optimizer import optimizer_parts
+from megatron.checkpoint.safe import read_legacy
 from megatron.checkpoint.state import MODEL, OPTIMIZER, PADDING, RunState
+from megatron.checkpoint.typed import count, mapping, number, sequence
 from megatron.errors import CheckpointError
 from megatron.logs import get_logger
 
@@ -45,8 +48,26 @@ class Ranks:
     states: dict[tuple[int, int], dict[str, Any]]
 
     @property
+    def given(self) -> dict[str, Any]:
+        """The arguments without those that are None, which says no more than being absent."""
+        return {name: value for name, value in self.args.items() if value is not None}
+
+    @property
     def version(self) -> float:
-        return float(self.states[0, 0].get("checkpoint_version", 0))
+        state = self.states[0, 0]
+        return float(number(state, "checkpoint_version", str(self.directory))) if "checkpoint_version" in state else 0.0
+
+    def count(self, name: str) -> int | None:
+        """An argument that is a whole number; None where there is none."""
+        given = self.given
+        return count(given, name, f"{self.directory}, args") if name in given else None
+
+    @property
+    def exits(self) -> list[int]:
+        """--exit-layer-nums in its order, numbers from 1."""
+        where, given = f"{self.directory}, args", self.given
+        numbers = sequence(given, "exit_layer_nums", where) if "exit_layer_nums" in given else ()
+        return [count({"exit_layer_nums": each}, "exit_layer_nums", where) for each in numbers]
 
 
 def read(directory: Path, vocab_size: int | None = None, with_optimizer: bool = True) -> RunState:
@@ -55,27 +76,30 @@ def read(directory: Path, vocab_size: int | None = None, with_optimizer: bool = 
     `vocab_size` is the number of ids the tokenizer has: rows beyond it become `<name>.padding`; without it all rows
     stay in `<name>`. Tensors may be mapped from the files, so keep these while they are in use. Facts: format,
     iteration, checkpoint_version, args, consumed_train_samples, consumed_valid_samples, optimizer_step,
-    opt_param_scheduler, grad_scaler (null where the file has none). Random states are not taken over.
+    opt_param_scheduler, grad_scaler (null where the file has none, or one that lacks keys: a warning says so). Facts
+    of the optimizer are null without it. Random states are not taken over.
 
     Raises:
         CheckpointError: a rank's file is missing, damaged or hostile; tensors are missing, unknown or do not fit
-            each other; the optimizer's state is sharded or belongs to other parameters.
+            each other; the optimizer's state is sharded or belongs to other parameters; a field has an odd type.
     """
     ranks = _open(directory)
     if with_optimizer:
         _refuse_sharded_optimizer(ranks)
     stages, parts = _stages(ranks)
     merged = _merge(ranks, stages, parts, MODEL)
+    facts = _facts(ranks)
     if with_optimizer and "optimizer" in ranks.states[0, 0]:
         for kind, moments in _optimizer(ranks, stages, parts).items():
             merged |= _merge(ranks, stages, moments, f"{OPTIMIZER}{kind}/")
+        facts |= optimizer_facts(ranks.states[0, 0]["optimizer"], facts["iteration"], str(directory))
     tensors = merged if vocab_size is None else _split_vocabulary(merged, vocab_size, directory)
-    return RunState(tensors, _facts(ranks))
+    return RunState(tensors, facts)
 
 
 def read_args(directory: Path) -> dict[str, Any]:
     """The arguments a checkpoint was written with, as JSON-able data. Errors as for `read`."""
-    return _facts(_open(directory))["args"]
+    return _open(directory).args
 
 
 def _open(directory: Path) -> Ranks:
@@ -89,11 +113,12 @@ def _open(directory: Path) -> Ranks:
     if len(paths) < len(there):
         raise CheckpointError(f"{directory} mixes mp_rank_TT and mp_rank_TT_PPP: remove those that don't belong")
     first = read_legacy(paths[0, 0])
-    args = _json_able(first.get("args", {}))
+    args = json_able(first.get("args", {}))
     if not isinstance(args, dict):
         raise CheckpointError(f"{paths[0, 0]}: its arguments are no namespace")
-    tp = _parallel_size(args, "tensor_model_parallel_size", 1 + max(tp for tp, _ in paths))
-    pp = _parallel_size(args, "pipeline_model_parallel_size", 1 + max(pp for _, pp in paths))
+    where = f"{directory}, args"
+    tp = _parallel_size(args, "tensor_model_parallel_size", 1 + max(tp for tp, _ in paths), where)
+    pp = _parallel_size(args, "pipeline_model_parallel_size", 1 + max(pp for _, pp in paths), where)
     needed = [(t, p) for t in range(tp) for p in range(pp)]
     missing = [key for key in needed if key not in paths or not paths[key].is_file()]
     if missing:
@@ -106,11 +131,13 @@ def _open(directory: Path) -> Ranks:
     return Ranks(directory, args, tp, pp, states)
 
 
-def _parallel_size(args: Mapping[str, Any], name: str, default: int) -> int:
+def _parallel_size(args: Mapping[str, Any], name: str, default: int, where: str) -> int:
     """What the arguments say; the oldest files say nothing, and the directories must do."""
-    size = args.get(name) or default
-    if not isinstance(size, int) or not 1 <= size <= 10_000:
-        raise CheckpointError(f"the checkpoint's arguments say {name} = {size!r}")
+    if args.get(name) is None:
+        return default
+    size = count(args, name, where)
+    if not 1 <= size <= 10_000:
+        raise CheckpointError(f"{where}: {name} is {size}, not 1 to 10000: the checkpoint is damaged")
     return size
 
 
@@ -121,24 +148,32 @@ Parts = dict[tuple[int, int, int], dict[str, Tensor]]
 def _stages(ranks: Ranks) -> tuple[list[Stage], Parts]:
     """Number the layers over all stages, chunk by chunk, and name every shard."""
     parts: Parts = {}
+    chunks = _chunks(ranks)
     for (t, p), state in ranks.states.items():
-        chunks = ["model"] if "model" in state else sorted(key for key in state if key[:5] == "model")
-        if not chunks:
-            raise CheckpointError(f"{ranks.directory}: the file of tp rank {t}, pp rank {p} holds no model")
-        for number, key in enumerate(chunks):
-            parts[t, p, number] = names.flatten(state[key])
-    stages, first = [], 0
-    numbers = ranks.args.get("exit_layer_nums") or []
-    for chunk in sorted({chunk for _, _, chunk in parts}):
+        for chunk, key in enumerate(chunks):
+            parts[t, p, chunk] = names.flatten(mapping(state, key, f"{ranks.directory}, tp rank {t}, pp rank {p}"))
+    stages, first, numbers = [], 0, ranks.exits
+    for chunk in range(len(chunks)):
         for p in range(ranks.pp):
-            count = len(names.layer_numbers(parts[0, p, chunk]))
-            exits = tuple(n for n in numbers if first < n <= first + count)
+            layers = len(names.layer_numbers(parts[0, p, chunk]))
+            exits = tuple(n for n in numbers if first < n <= first + layers)
             stages.append(Stage(p, chunk, first, exits))
-            first += count
-    expected = ranks.args.get("num_layers")
+            first += layers
+    expected = ranks.count("num_layers")
     if expected is not None and expected != first:
         raise CheckpointError(f"{ranks.directory} holds {first} layers, its arguments say {expected}")
     return stages, parts
+
+
+def _chunks(ranks: Ranks) -> list[str]:
+    """Keys of the model's chunks, in every file the same: "model", or "model0", "model1", … if interleaved."""
+    first = ranks.states[0, 0]
+    if "model" in first:
+        return ["model"]
+    numbered = list(itertools.takewhile(first.__contains__, map("model{}".format, itertools.count())))
+    if not numbered:
+        raise CheckpointError(f"{ranks.directory}: the file of tp rank 0, pp rank 0 holds no model")
+    return numbered
 
 
 def _merge(ranks: Ranks, stages: list[Stage], parts: Parts, prefix: str) -> dict[str, Tensor]:
@@ -170,14 +205,19 @@ def _merge(ranks: Ranks, stages: list[Stage], parts: Parts, prefix: str) -> dict
 
 def _join(ranks: Ranks, name: str, pieces: list[Tensor], unequal: list[str]) -> dict[str, Tensor]:
     """One tensor from its tensor-parallel shards; two from the stacked gate and up of a gated MLP."""
+    dim = names.split_dim(name)
+    gated = names.is_up(name) and bool(ranks.args.get("swiglu"))
+    shape = pieces[0].shape
+    if any(piece.shape != shape for piece in pieces) or len(shape) <= (dim or 0) or (gated and shape[0] % 2):
+        shapes = ", ".join(str(list(piece.shape)) for piece in pieces)
+        raise CheckpointError(f"{ranks.directory}: the shards of {name} don't fit each other: {shapes}")
     if names.is_qkv(name) and ranks.version < 2:
         pieces = [_reorder_qkv(ranks, piece) for piece in pieces]
-    dim = names.split_dim(name)
     if dim is None:
         if any(not torch.equal(piece, pieces[0]) for piece in pieces[1:]):
             unequal.append(name)
         return {name: pieces[0]}
-    if names.is_up(name) and ranks.args.get("swiglu"):
+    if gated:
         gates, ups = zip(*(piece.chunk(2) for piece in pieces), strict=True)
         return {names.gate_of(name): torch.cat(gates), name: torch.cat(ups)}
     return {name: torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0]}
@@ -185,8 +225,8 @@ def _join(ranks: Ranks, name: str, pieces: list[Tensor], unequal: list[str]) -> 
 
 def _reorder_qkv(ranks: Ranks, piece: Tensor) -> Tensor:
     """Rows of formats before 2.0, [3, heads, head] in 0 and [heads, head, 3] in 1, as [heads, 3, head]."""
-    heads = ranks.args.get("num_attention_heads")
-    if not heads or piece.shape[0] % (3 * heads // ranks.tp):
+    heads = ranks.count("num_attention_heads")
+    if not heads or heads % ranks.tp or piece.shape[0] % (3 * heads // ranks.tp):
         raise CheckpointError(
             f"{ranks.directory}: --num-attention-heads is needed to order the rows of this old format"
         )
@@ -199,7 +239,7 @@ def _reorder_qkv(ranks: Ranks, piece: Tensor) -> Tensor:
 def _optimizer(ranks: Ranks, stages: list[Stage], parts: Parts) -> dict[str, Parts]:
     """Kind of moment -> shards under the names of their parameters."""
     kinds: dict[str, Parts] = {}
-    early_exit = bool(ranks.args.get("exit_layer_nums"))
+    early_exit = bool(ranks.exits)
     for (t, p), state in ranks.states.items():
         chunks = sorted(stage.chunk for stage in stages if stage.rank == p)
         parameters = {(chunk, name): tensor for chunk in chunks for name, tensor in parts[t, p, chunk].items()}
@@ -240,34 +280,20 @@ def _split_vocabulary(tensors: Mapping[str, Tensor], vocab_size: int, directory:
 
 
 def _facts(ranks: Ranks) -> dict[str, Any]:
-    state, args = ranks.states[0, 0], ranks.args
-    optimizer = state.get("optimizer")
-    optimizer = optimizer if isinstance(optimizer, dict) else {}
-    iteration = int(state.get("iteration", 0))
-    by_fixed_batches = iteration * (args.get("global_batch_size") or 0)  # files older than the count of samples
+    """What the first rank's file says beside tensors; facts of the optimizer are null."""
+    state, where = ranks.states[0, 0], str(ranks.directory)
+    iteration = count(state, "iteration", where) if "iteration" in state else 0
+    samples = ranks.count("consumed_train_samples")
+    if samples is None:  # a file older than the count of samples, when batches were fixed
+        samples = iteration * (ranks.count("global_batch_size") or 0)
     return {
         "format": MEGATRON,
         "iteration": iteration,
         "checkpoint_version": ranks.version,
-        "args": args,
-        "consumed_train_samples": args.get("consumed_train_samples", by_fixed_batches),
-        "consumed_valid_samples": args.get("consumed_valid_samples", 0),
-        "optimizer_step": optimizer_step(optimizer),
-        "opt_param_scheduler": _json_able(state.get("opt_param_scheduler")),
-        "grad_scaler": _json_able(optimizer.get("grad_scaler")),
+        "args": ranks.args,
+        "consumed_train_samples": samples,
+        "consumed_valid_samples": ranks.count("consumed_valid_samples") or 0,
+        "opt_param_scheduler": scheduler_facts(state.get("opt_param_scheduler"), where),
+        "optimizer_step": None,
+        "grad_scaler": None,
     }
-
-
-def _json_able(value: Any) -> Any:
-    """Plain data of what a Namespace, a scheduler or a scaler holds; names of types and enumerations as text."""
-    if isinstance(value, Namespace):
-        return _json_able(vars(value))
-    if isinstance(value, dict):
-        return {str(key): _json_able(item) for key, item in value.items()}
-    if isinstance(value, Tensor):
-        return value.tolist() if value.dim() and value.numel() > 1 else value.item()
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        if value is None or isinstance(value, bool | int | float | str):
-            return value
-        return repr(value) if isinstance(value, EnumMember) else str(value).removeprefix("torch.")
-    return [_json_able(item) for item in value]

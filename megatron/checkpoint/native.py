@@ -22,6 +22,7 @@ from megatron.checkpoint import commit
 from megatron.checkpoint.find import FACTS, INDEX, NATIVE, TENSORS, TRACKER, format_of, iteration_name
 from megatron.checkpoint.safe import read_dcp_metadata
 from megatron.checkpoint.state import PADDING, Entry, RunState, check, copy_padding, entries, without
+from megatron.checkpoint.typed import count, mapping, text
 from megatron.errors import CheckpointError, StorageError
 
 VERSION = 1
@@ -46,8 +47,8 @@ def save(root: Path, iteration: int, state: RunState, tokenizer_files: Iterable[
     facts = {**state.facts, "format": NATIVE, "format_version": VERSION, "iteration": iteration}
     with commit.staged(final) as staging:
         facts["tokenizer_sha256"] = _copy_files(tokenizer_files, staging / TOKENIZER)
-        text = json.dumps(facts, indent=1, sort_keys=True, allow_nan=False)
-        (staging / FACTS).write_text(text + "\n", encoding="utf-8")
+        written = json.dumps(facts, indent=1, sort_keys=True, allow_nan=False)
+        (staging / FACTS).write_text(written + "\n", encoding="utf-8")
         with _dcp_errors(final, writing=True):
             dcp.save(
                 {name: tensor.detach() for name, tensor in state.tensors.items()},
@@ -100,20 +101,25 @@ def read_facts(directory: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint, with "format", "format_version", "iteration" and "tokenizer_sha256" added.
 
     Raises:
-        CheckpointError: the file is missing, no JSON, or of a later format than this program knows.
+        CheckpointError: the file is missing, no JSON, of a later format than this program knows, or lacks what was
+            added. What else a run needs is checked in run_facts.py.
     """
     path = directory / FACTS
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(facts, dict) or facts.get("format") != NATIVE:
         raise CheckpointError(f"{path} does not describe a native checkpoint")
     version = facts.get("format_version")
     if version != VERSION:
         raise CheckpointError(f"{path} has format version {version}; this program reads {VERSION}: update it")
+    count(facts, "iteration", str(path))
+    hashes = mapping(facts, "tokenizer_sha256", str(path))
+    for name in hashes:
+        text(hashes, name, f"{path}, tokenizer_sha256")
     return facts
 
 

@@ -5,16 +5,23 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint import megatron_legacy, native
-from megatron.checkpoint.find import NATIVE, Found
+from megatron.checkpoint.find import FACTS, NATIVE, Found
+from megatron.checkpoint.typed import mapping
 from megatron.config.data import TokenizerConfig
 from megatron.config.run import CheckpointConfig, LoggingConfig, RunConfig
 from megatron.config.stored import from_checkpoint
 
 
 def stored_args(found: Found) -> dict[str, Any]:
-    """The stored config as data: ours nested by section, or a Megatron checkpoint's flat arguments."""
+    """The stored config as data: ours nested by section, or a Megatron checkpoint's flat arguments.
+
+    Raises CheckpointError if the checkpoint is damaged or carries no config.
+    """
     if found.format == NATIVE:
-        return native.read_facts(found.directory)["config"]
+        where = str(found.directory / FACTS)
+        config = mapping(native.read_facts(found.directory), "config", where)
+        mapping(config, "model", f"{where}, config")
+        return dict(config)
     return megatron_legacy.read_args(found.directory)
 
 

@@ -17,19 +17,30 @@ class Unequal(EELLMError):
 def read_losses(path: Path) -> dict[int, dict[str, float | None]]:
     """Iteration -> its losses and gradient norm; of repeated iterations the last counts (metrics-file contract)."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().splitlines()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
     rows: dict[int, dict[str, float | None]] = {}
     for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error})") from error
-        kept = {key: value for key, value in record.items() if key.startswith("loss/") or key == "grad_norm"}
-        if kept:
-            rows[record["iteration"]] = kept
+        iteration, losses = _record(line, f"{path}, line {number}")
+        if losses:
+            rows[iteration] = losses
     return rows
+
+
+def _record(line: bytes, where: str) -> tuple[int, dict[str, float | None]]:
+    """One line's iteration with its losses and gradient norm; DataError names `where` it is none."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error})") from error
+    if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
+        raise DataError(f"{where}: not a record with an iteration")
+    losses = {key: value for key, value in record.items() if key.startswith("loss/") or key == "grad_norm"}
+    for key, value in losses.items():
+        if not isinstance(value, int | float | None):
+            raise DataError(f"{where}: {key} is {value!r}, not a number")
+    return record["iteration"], losses
 
 
 def compare(a: Path, b: Path) -> tuple[int, list[str]]:

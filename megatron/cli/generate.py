@@ -11,8 +11,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron.cli.guard import run_guarded
 from megatron.config.data import TOKENIZER_TYPES, TokenizerConfig
-from megatron.errors import ConfigError, DataError, EELLMError
+from megatron.errors import ConfigError, DataError
 from megatron.exits.spec import FINAL
 from megatron.inference.build import load_model
 from megatron.inference.engine import Engine
@@ -76,15 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code."""
     args = parser().parse_args(argv)
     setup_logging(logging.WARNING)  # notes would stand in the text
-    try:
-        _run(args)
-    except EELLMError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("\nstopped\n")
-        return 130
-    return 0
+    return run_guarded(lambda: _run(args), "\nstopped")
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.checkpoint.find import recognise_if_any
+from megatron.checkpoint.find import recognise
 from megatron.checkpoint.stored_run import stored_args, stored_config
 from megatron.cli.guard import run_guarded
 from megatron.config.flags import read_argv
@@ -40,11 +40,10 @@ def resolve_config(argv: list[str]) -> RunConfig:
     With --load and no --num-layers the checkpoint says what isn't given: `--load DIR` alone continues or evaluates.
     """
     answers, config_file = read_argv(argv, ENTRY)
-    source = answers.values.get("load")
+    given = answers.values
     base = None
-    if source is not None and "num_layers" not in answers.values and config_file is None:
-        found = recognise_if_any(Path(source), answers.values.get("load_iteration") or None)
-        base = stored_config(found) if found else None
+    if given.get("load") and "num_layers" not in given and config_file is None and "use_checkpoint_args" not in given:
+        base = stored_config(recognise(Path(given["load"]), given.get("load_iteration") or None))
     loaded = load(argv, ENTRY, base)
     for note in loaded.notes:
         log.info("%s", note)

@@ -5,7 +5,7 @@ Reads no file but the one that `--config` names. What lies beside checkpoints is
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from megatron.config.flags import Answers, known_flags, read_argv, unknown
 from megatron.config.problems import raise_if_any
 from megatron.config.rules import broken, check_training, without_effect
 from megatron.config.run import RunConfig
-from megatron.config.stored import from_checkpoint, from_dict, merge_checkpoint_args, save_config, to_dict
+from megatron.config.stored import PER_EXIT, from_checkpoint, from_dict, merge_checkpoint_args, save_config, to_dict
 from megatron.errors import ConfigError
 
 __all__ = [
@@ -45,21 +45,33 @@ class Loaded:
 def load(argv: Sequence[str], entry: str = "pretrain_early_exit_gpt.py", base: RunConfig | None = None) -> Loaded:
     """Read a command line (without the program's name) and check it.
 
-    `base` supplies what is not given: a checkpoint's config, or the defaults. With `--use-checkpoint-args` the
+    `base` supplies what is not given: a checkpoint's config, or the defaults; where other exits are given, its
+    lists with one value per exit do not apply. With `--use-checkpoint-args` the
     rules of model and exits wait for `merge_checkpoint_args`.
     Raises ConfigError naming every fault at once; `--help` prints and exits with 0.
     """
     answers, config_file = read_argv(argv, entry)
     from_file = Answers() if config_file is None else read_config_file(config_file)
     values = from_file.values | answers.values
-    config = build(values, base or RunConfig())
+    base = base or RunConfig()
+    stale = _stale_lists(values, base)
+    config = build(values | dict.fromkeys(stale, ()), base)
     problems = [*(f"{config_file}: {fault}" for fault in from_file.problems), *answers.problems]
     rules = broken(config, shape=not config.checkpoint.use_checkpoint_args)
     raise_if_any(problems + _unrelated(rules, from_file.problems + answers.problems))
     notes = list(without_effect(config))
+    if stale:
+        notes.append(f"left out, as --exit-layer-nums names other exits than before: {', '.join(stale)}")
     if accepted := dict.fromkeys(from_file.accepted + answers.accepted):
         notes.insert(0, f"accepted without effect: {', '.join(accepted)}")
     return Loaded(config, frozenset(values), tuple(notes))
+
+
+def _stale_lists(values: Mapping[str, Any], base: RunConfig) -> list[str]:
+    """The base's lists with one value per exit, where the exits are other ones now and the list wasn't given."""
+    if values.get("exit_layer_nums", base.exits.exit_layer_nums) == base.exits.exit_layer_nums:
+        return []
+    return [name for name in PER_EXIT if getattr(base.exits, name) and name not in values]
 
 
 def _unrelated(faults: list[str], problems: list[str]) -> list[str]:
@@ -75,12 +87,13 @@ def read_config_file(path: str) -> Answers:
     """
     answers = Answers()
     sections = {flag.section for flag in all_flags()}
-    for key, value in _parse(path).items():
-        if key in sections and isinstance(value, dict):
-            for inner, one in value.items():
-                _take(answers, str(inner), one)
-        else:
-            _take(answers, str(key), value)
+    try:
+        for key, value in _parse(path).items():
+            inside = value.items() if key in sections and isinstance(value, dict) else [(key, value)]
+            for name, one in inside:
+                _take(answers, str(name), one)
+    except RecursionError as error:
+        raise ConfigError(f"--config {path} is nested too deeply: settings are flat or in sections") from error
     return answers
 
 
@@ -90,7 +103,7 @@ def _parse(path: str) -> dict[Any, Any]:
         data = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}; give a readable file") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:  # not UTF-8, not the format, or no such date or number
         raise ConfigError(f"--config {path} is not valid {_format(path)}: {error}") from error
     if data is None:
         return {}
@@ -128,7 +141,9 @@ def _take(answers: Answers, key: str, value: Any) -> None:
 
 def _take_foreign(answers: Answers, key: str, word: str, value: Any) -> None:
     """Record a key that is no setting of ours; one that is switched off asks for nothing."""
-    if word not in refused.accepted() and word not in refused.refused():
+    if word in ("--config", "--help"):
+        answers.problems.append(f"{key}: can't stand in a file; give {word} on the command line")
+    elif word not in refused.accepted() and word not in refused.refused():
         answers.problems.append(unknown(key, [*by_name(), *(flag.removeprefix("--") for flag in known_flags())]))
     elif value is not None and value is not False:
         takes_none = value is True

@@ -16,5 +16,4 @@ class ParallelConfig:
     distributed_backend: Literal["nccl", "gloo"] | None = setting(
         None, "Process-group backend. Default: nccl with a GPU, gloo without."
     )
-    distributed_timeout_minutes: float = setting(10.0, "Time after which a silent rank is given up.")
     pipeline_schedule: Literal["1f1b", "gpipe"] = setting("1f1b", "Order of forwards and backwards.")

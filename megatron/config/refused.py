@@ -24,6 +24,7 @@ _OVERLAP = "communication is ordered by our own schedule"
 _LOGGED = "always logged"
 _TIMING = "step time and throughput are always reported"
 _EXPERTS = "mixture-of-experts layers are not supported"
+_STREAMS = "random streams are derived from the seed: there is no state to save or load"
 _ENGINE = "Transformer Engine and fp8 are not supported"
 
 ACCEPTED: tuple[Accepted, ...] = (
@@ -58,6 +59,9 @@ ACCEPTED: tuple[Accepted, ...] = (
     Accepted("--local_rank", "the launcher's environment says it", 1),
     Accepted("--use-cpu-initialization", "initial values are the same on every device and layout"),
     Accepted("--no-initialization", "weights are drawn cheaply, then overwritten by --load"),
+    Accepted("--no-save-rng", _STREAMS),
+    Accepted("--no-load-rng", _STREAMS),
+    Accepted("--distributed-timeout-minutes", "one process waits for no other", 1),
     Accepted("--exit-signal-handler", "SIGTERM and SIGINT always end in a checkpoint"),
     Accepted("--empty-unused-memory-level", "memory is left to torch's allocator", 1, ("0", "1", "2")),
     Accepted("--mmap-warmup", "the operating system caches data files"),

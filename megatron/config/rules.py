@@ -23,19 +23,20 @@ AT_LEAST_ONE = (
 )
 ABOVE_ZERO = (
     *("rotary_base", "rotary_seq_len_interpolation_factor", "rope_scaling_factor", "rope_low_freq_factor"),
-    *("rope_high_freq_factor", "norm_epsilon", "distributed_timeout_minutes", "exit_duration_in_mins"),
+    *("rope_high_freq_factor", "norm_epsilon", "exit_duration_in_mins"),
     *("adam_eps", "loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window"),
 )
 NOT_NEGATIVE = (
-    *("init_method_std", "exit_layer_weight_warmup_iters", "vocab_extra_ids", "num_workers", "seed"),
+    *("init_method_std", "exit_layer_weight_warmup_iters", "vocab_extra_ids", "num_workers"),
     *("eval_iters", "weight_decay", "start_weight_decay", "end_weight_decay", "clip_grad", "lr", "min_lr"),
     *("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_init", "load_iteration"),
 )
 _SHAPE = ("model", "exits")
+_PATHS = ("DIR", "FILE", "PATH")  # metavars of flags that name one
 
 
 def _out_of_range(config: RunConfig, shape: bool, run: bool) -> Iterator[str]:
-    """Faults of single numbers and, in a config that was not read from flags, of single choices."""
+    """Faults of single numbers and paths and, in a config that was not read from flags, of single choices."""
     for flag in all_flags():
         value = value_of(config, flag)
         if value is None or not (shape if flag.section in _SHAPE else run):
@@ -48,6 +49,8 @@ def _out_of_range(config: RunConfig, shape: bool, run: bool) -> Iterator[str]:
             yield f"{flag.flag} must be above 0, got {value}"
         elif flag.name in NOT_NEGATIVE and value < 0:
             yield f"{flag.flag} must not be negative, got {value}"
+        elif flag.metavar in _PATHS and value == "":
+            yield f"{flag.flag} is empty: give a path, or leave the flag out"
 
 
 def broken(config: RunConfig, shape: bool = True, run: bool = True) -> list[str]:

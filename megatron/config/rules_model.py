@@ -12,7 +12,9 @@ Faults = Iterator[str]
 
 
 def sizes_given(config: RunConfig) -> Faults:
-    mend = ", or take it from the checkpoint with --use-checkpoint-args" if config.checkpoint.load else ""
+    checkpoint = config.checkpoint
+    unasked = checkpoint.load and not checkpoint.use_checkpoint_args
+    mend = ", or take it from the checkpoint with --use-checkpoint-args" if unasked else ""
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
         if getattr(config.model, name) is None:
             yield f"--{name.replace('_', '-')} is missing: give it{mend}"

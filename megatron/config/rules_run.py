@@ -3,9 +3,11 @@
 Each function yields what is wrong with a config, naming flags and mend.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from megatron.config.mixture import parse_blend, parse_split
 from megatron.config.run import RunConfig
+from megatron.errors import ConfigError
 
 Faults = Iterator[str]
 
@@ -26,38 +28,23 @@ def data_paths_exclude(config: RunConfig) -> Faults:
         yield f"--data-path and {', '.join(own)} exclude each other: give one split data set or separate ones"
 
 
-def _blend_fault(words: tuple[str, ...]) -> str:
-    """What is wrong with `weight prefix weight prefix ...`; empty if nothing is, or for a single prefix."""
-    if len(words) <= 1:
-        return ""
-    if len(words) % 2:
-        return f"{len(words)} words are no list of weight and prefix pairs"
-    wrong = [word for word in words[::2] if not _is_weight(word)]
-    return f"{wrong[0]!r} stands where a weight above 0 belongs" if wrong else ""
-
-
-def _is_weight(word: str) -> bool:
-    try:
-        return 0 < float(word) < float("inf")
-    except ValueError:
-        return False
-
-
 def blends_are_pairs(config: RunConfig) -> Faults:
     for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
-        fault = _blend_fault(getattr(config.data, name))
-        if fault:
-            yield f"--{name.replace('_', '-')}: {fault}; give one prefix, or weight1 prefix1 weight2 prefix2 ..."
+        words = getattr(config.data, name)
+        if words:
+            yield from _refusal(parse_blend, words, f"--{name.replace('_', '-')}")
 
 
 def split_is_sane(config: RunConfig) -> Faults:
+    yield from _refusal(parse_split, config.data.split)
+
+
+def _refusal(parse: Callable[..., object], *words: object) -> Faults:
+    """What a parser says against some words, if anything."""
     try:
-        shares = [float(part) for part in config.data.split.replace("/", ",").split(",") if part.strip()]
-    except ValueError:
-        shares = []
-    sane = 1 <= len(shares) <= 3 and all(0 <= share < float("inf") for share in shares) and sum(shares) > 0
-    if not sane:
-        yield f"--split {config.data.split!r}: give up to three shares, none negative, as in 969,30,1"
+        parse(*words)
+    except ConfigError as error:
+        yield str(error)
 
 
 def tokenizer_files(config: RunConfig) -> Faults:
@@ -81,12 +68,17 @@ def micro_divides_global(config: RunConfig) -> Faults:
         yield f"--micro-batch-size {micro} does not divide --global-batch-size {whole}: choose a divisor"
 
 
+def seed_range(config: RunConfig) -> Faults:
+    if not 0 <= config.training.seed < 2**32:
+        yield f"--seed must lie in [0, 2**32), got {config.training.seed}"
+
+
 def rampup_numbers(config: RunConfig) -> Faults:
     ramp = config.training.rampup_batch_size
-    if ramp and (len(ramp) != 3 or min(ramp[:2]) < 1 or ramp[2] < 0):
+    if ramp and (len(ramp) != 3 or min(ramp) < 1):
         yield (
             f"--rampup-batch-size {' '.join(map(str, ramp))}: give three whole numbers, "
-            "the first batch (above 0), the increment (above 0) and the samples it takes"
+            "each above 0: the first batch, the increment and the samples it takes"
         )
 
 
@@ -269,6 +261,7 @@ RUN_RULES = (
     tokenizer_files,
     one_length,
     micro_divides_global,
+    seed_range,
     rampup_numbers,
     rampup_needs,
     rampup_divides,

@@ -39,7 +39,8 @@ FILLED = (
     *("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_position_embeddings"),
     *("window_size", "attention_dropout", "hidden_dropout"),
 )
-_PER_EXIT = ("exit_layer_weight", "exit_layer_weight_init", "exit_layer_temperature")
+# One value per exit, in the order of exit_layer_nums.
+PER_EXIT = ("exit_layer_weight", "exit_layer_weight_init", "exit_layer_temperature")
 # Of a Megatron checkpoint's arguments, those that say what the model and its data are.
 _LEGACY_SECTIONS = ("model", "exits", "tokenizer", "data", "precision")
 
@@ -130,7 +131,7 @@ def merge_checkpoint_args(
 def _says(theirs: Mapping[str, Any], name: str) -> bool:
     """Whether a checkpoint has a value for a field; no weights at all leave the given ones alone."""
     value = theirs.get(name)
-    return value is not None and not (name in _PER_EXIT and value == ())
+    return value is not None and not (name in PER_EXIT and value == ())
 
 
 def _log_merge(source: str, taken: Mapping[str, Any], ours: Mapping[str, Any], given: set[str]) -> None:
@@ -169,7 +170,7 @@ def _from_legacy(args: Mapping[str, Any], source: str) -> dict[str, Any]:
             problems.append(f"{name}: {error}")
     raise_if_any(problems, source)
     # The original's converter adds exits and leaves these lists as long as they were.
-    stale = [name for name in _PER_EXIT if len(values.get(name, ())) != len(values.get("exit_layer_nums", ()))]
+    stale = [name for name in PER_EXIT if len(values.get(name, ())) != len(values.get("exit_layer_nums", ()))]
     return {name: value for name, value in values.items() if name not in stale}
 
 

@@ -48,11 +48,6 @@ class TrainingConfig:
         off="--no-check-for-nan-in-loss-and-grad",
     )
 
-    @property
-    def recompute_activations(self) -> bool:
-        """Whether the attention core alone is recomputed."""
-        return self.recompute_granularity == "selective"
-
 
 @dataclass(frozen=True)
 class OptimizerConfig:

@@ -1,4 +1,7 @@
-"""Weighted mixtures of datasets: reading `w1 p1 w2 p2 …`, sharing out a request, and the blended order."""
+"""Weighted mixtures of datasets: sharing out a request, and the blended order.
+
+How the flags spell a mixture is config/mixture.py's, offered here too.
+"""
 
 import functools
 import math
@@ -7,38 +10,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron.config.mixture import parse_blend
 from megatron.data.gpt import GPTDataset
 from megatron.data.index_builder import build_blend
 from megatron.data.index_cache import Arrays, CachedArrays, IndexRecipe, load_or_build
-from megatron.errors import ConfigError
 
-MAX_DATASETS = np.iinfo(np.int16).max  # the index holds dataset numbers as int16
+__all__ = ["BlendedDataset", "normalised", "parse_blend", "requests"]
+
 OVERDRAW = 1.005  # each dataset is asked for half a percent more than its share
-
-
-def parse_blend(entries: Sequence[str], flag: str) -> tuple[list[str], list[float] | None]:
-    """(prefixes, weights as typed) of a data flag's values; weights are None for a lone prefix.
-
-    Raises ConfigError, naming `flag`, for anything that is neither one prefix nor weight-prefix pairs.
-    """
-    if len(entries) == 1:
-        return [entries[0]], None
-    if len(entries) % 2 or not entries:
-        raise ConfigError(f"{flag} has {len(entries)} entries: give one prefix, or weight1 prefix1 weight2 prefix2 …")
-    if len(entries) // 2 > MAX_DATASETS:
-        raise ConfigError(f"{flag} has {len(entries) // 2} datasets; a blend holds at most {MAX_DATASETS}")
-    weights = []
-    for text in entries[::2]:
-        try:
-            weight = float(text)
-        except ValueError:
-            raise ConfigError(f"{flag}: {text} stands where a weight should; give weight1 prefix1 …") from None
-        if not math.isfinite(weight) or weight < 0:
-            raise ConfigError(f"{flag}: weight {text} must be a number of at least 0")
-        weights.append(weight)
-    if not any(weights):
-        raise ConfigError(f"{flag}: all weights are 0; give at least one dataset a weight")
-    return list(entries[1::2]), weights
 
 
 def normalised(weights: Sequence[float]) -> list[float]:

@@ -3,6 +3,7 @@
 `build_loader` is the only place here that touches worker processes; `make_microbatch` is a pure function.
 """
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -91,11 +92,25 @@ def build_loader(
         collate_fn=_collate,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # without one, iter() would advance the global generator
+        worker_init_fn=_leave_signals_to_the_trainer,
     )
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    try:
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a process that reads data died ({error}); --num-workers 0 reads without such processes"
+        ) from error
+
+
+def _leave_signals_to_the_trainer(_worker: int) -> None:
+    """Schedulers signal the whole process group; the trainer still needs its data until the step border."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _ErrorsAsItems:

@@ -169,7 +169,7 @@ def preprocess(settings: PreprocessSettings, on_batch: Callable[[Encoded], None]
     another, as in Megatron-LM, unless `keep_sequential_samples`.
 
     Raises ConfigError, DataError (unreadable input; with `strict` the first unreadable record; nothing
-    readable at all), StorageError.
+    readable at all, or no token in it), StorageError.
     """
     encode = settings.encode
     _check(settings)
@@ -194,7 +194,12 @@ def preprocess(settings: PreprocessSettings, on_batch: Callable[[Encoded], None]
             on_batch(result)
         if not documents:
             cause = f"{skipped} records, none readable, the first: {first_bad}" if skipped else "it is empty"
-            raise DataError(f"--input holds no document ({cause}); nothing was written")
+            raise DataError(f"--input {_named(settings.inputs)} holds no document ({cause}); nothing was written")
+        if not tokens:
+            raise DataError(
+                f"--input {_named(settings.inputs)}: all documents are empty (read: {documents}, unreadable: "
+                f"{skipped}); nothing was written"
+            )
     files = [prefix + ending for prefix in prefixes.values() for ending in (".bin", ".idx")]
     return Summary(documents, tokens, skipped, files)
 
@@ -207,7 +212,15 @@ def _check(settings: PreprocessSettings) -> None:
         raise ConfigError("--workers and --partitions must be at least 1")
     if settings.workers % settings.partitions:
         raise ConfigError(f"--workers ({settings.workers}) must be a multiple of --partitions ({settings.partitions})")
+    if not settings.output_prefix:
+        raise ConfigError("--output-prefix is empty: give a path without an ending")
+    if Path(settings.output_prefix).is_dir():
+        raise ConfigError(f"--output-prefix {settings.output_prefix} is a directory: add a name for the files in it")
     check_keys(settings.inputs, keys)
+
+
+def _named(inputs: Sequence[Path]) -> str:
+    return f"{inputs[0]} (and {len(inputs) - 1} more)" if len(inputs) > 1 else str(inputs[0])
 
 
 @lru_cache(maxsize=1)

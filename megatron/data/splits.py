@@ -1,26 +1,9 @@
 """Which documents belong to training, validation and test, and how many samples each needs."""
 
-import math
-
+from megatron.config.mixture import parse_split
 from megatron.errors import ConfigError
 
 SPLIT_NAMES = ("train", "valid", "test")
-
-
-def parse_split(split: str) -> tuple[float, float, float]:
-    """Shares of train, valid and test, summing to 1, from `"969, 30, 1"` (commas or slashes; missing ones are 0)."""
-    parts = split.split("," if "," in split else "/")
-    try:
-        shares = [float(part) for part in parts]
-    except ValueError:
-        raise ConfigError(f"--split {split}: shares are numbers, as in 969,30,1") from None
-    if len(shares) > len(SPLIT_NAMES):
-        raise ConfigError(f"--split {split}: at most three shares (train, valid, test), not {len(shares)}")
-    if not all(math.isfinite(share) and share >= 0 for share in shares) or sum(shares) == 0:
-        raise ConfigError(f"--split {split}: shares are at least 0, and one of them is more")
-    shares += [0.0] * (len(SPLIT_NAMES) - len(shares))
-    total = sum(shares)
-    return shares[0] / total, shares[1] / total, shares[2] / total
 
 
 def split_documents(split: str, num_documents: int) -> tuple[range, range, range]:

@@ -22,7 +22,7 @@ class Objective:
     dynamic: frozenset[str]
     num_microbatches: int
     loss_scale: float = 1.0
-    total_tokens: int | None = None
+    total_tokens: Tensor | None = None
 
     def token_weights(self, loss_mask: Tensor) -> Tensor:
         """What each token's loss counts towards the step's mean; same shape as the mask.
@@ -30,7 +30,7 @@ class Objective:
         A microbatch whose tokens are all masked counts as zero loss.
         """
         if self.total_tokens is not None:
-            return loss_mask / max(self.total_tokens, 1)
+            return loss_mask / self.total_tokens.clamp(min=1)
         return loss_mask / (loss_mask.sum().clamp(min=1) * self.num_microbatches)
 
 

@@ -50,8 +50,10 @@ class HeadScore:
 class Stage:
     """A `GPT` span with the training and evaluation passes over it."""
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, vocab_size: int | None = None) -> None:
+        """`vocab_size`: true ids, where the model's matrices are padded beyond them."""
         self.model = model
+        self.vocab_size = vocab_size or model.padded_vocab_size
 
     def forward(self, batch: TokenBatch, stream: DropoutStream | None) -> Activations:
         """F: embed and run the layers; keeps the taps of the heads."""
@@ -113,7 +115,7 @@ class Stage:
                 labels,
                 mask,
                 need_grad=False,
-                need_argmax=True,
+                argmax_over=self.vocab_size,
             )
         final = heads[FINAL].argmax
         return {

@@ -52,7 +52,7 @@ def linear_cross_entropy(  # noqa: PLR0913 - one head's loss is described by all
     grad_weight: Tensor | None = None,
     grad_scale: float = 1.0,
     need_grad: bool = True,
-    need_argmax: bool = False,
+    argmax_over: int = 0,
     shard: VocabShard | None = None,
     max_logits: int | None = None,
 ) -> HeadLoss:
@@ -61,6 +61,7 @@ def linear_cross_entropy(  # noqa: PLR0913 - one head's loss is described by all
     hidden [n, h], weight [V, h], labels [n], token_weights [n] (loss mask / normaliser). With `dynamic`, each
     token's loss also counts by its own top probability, taken as a constant. `need_grad` returns `grad_hidden`
     and adds the matrix's gradient to `grad_weight` (if given: a frozen matrix has none), both times `grad_scale`.
+    `argmax_over` asks for each row's top id among the first so many (padding rows are no predictions).
     `shard`: weight holds only part of the vocabulary; `grad_hidden` is then this rank's part of a sum.
     """
     n = hidden.shape[0]
@@ -70,18 +71,19 @@ def linear_cross_entropy(  # noqa: PLR0913 - one head's loss is described by all
         result.confidence = hidden.new_zeros((), dtype=precise)
     if need_grad:
         result.grad_hidden = torch.empty_like(hidden)
-    if need_argmax:
+    if argmax_over:
         result.argmax = torch.empty_like(labels)
     budget = max_logits or MAX_LOGITS.get(hidden.device.type, MAX_LOGITS["cpu"])
     rows = max(1, budget // weight.shape[0])
+    product = None
     for start in range(0, n, rows):
         part = slice(start, min(start + rows, n))
         logits = (hidden[part] @ weight.t()).to(precise)
         if temperature != 1.0:
             logits /= temperature
         counts = token_weights[part].to(precise)
-        if need_argmax:
-            result.argmax[part] = _argmax(logits, shard)
+        if argmax_over:
+            result.argmax[part] = _argmax(logits, argmax_over, shard)
         exponentials, total, label_logit = _normalise(logits, labels[part], shard)
         if dynamic:
             confidence = total.reciprocal()  # the largest exponential is 1
@@ -93,7 +95,7 @@ def linear_cross_entropy(  # noqa: PLR0913 - one head's loss is described by all
             slope = slope.to(hidden.dtype)
             torch.mm(slope, weight, out=result.grad_hidden[part])
             if grad_weight is not None:
-                _accumulate(grad_weight, slope, hidden[part])
+                product = _accumulate(grad_weight, slope, hidden[part], product)
     return result
 
 
@@ -124,11 +126,12 @@ def _local_labels(labels: Tensor, columns: int, shard: VocabShard | None) -> tup
     return local.where(inside, 0), inside
 
 
-def _argmax(logits: Tensor, shard: VocabShard | None) -> Tensor:
-    """Id of the largest logit of each row; the lowest id on ties, across shards too."""
-    value, index = logits.max(dim=-1)
+def _argmax(logits: Tensor, ids: int, shard: VocabShard | None) -> Tensor:
+    """Which of the first `ids` ids has the largest logit of each row; the lowest on ties, across shards too."""
     if shard is None:
-        return index
+        return logits[:, :ids].argmax(dim=-1)
+    padding = torch.arange(logits.shape[1], device=logits.device) + shard.start >= ids
+    value, index = logits.masked_fill(padding, -torch.inf).max(dim=-1)
     best = value.clone()
     dist.all_reduce(best, op=dist.ReduceOp.MAX, group=shard.group)
     candidate = (index + shard.start).where(value == best, torch.iinfo(torch.int64).max)
@@ -146,9 +149,13 @@ def _logit_gradient(
     return slope.scatter_add_(1, local[:, None], -hit[:, None])
 
 
-def _accumulate(grad_weight: Tensor, slope: Tensor, hidden: Tensor) -> None:
-    """grad_weight += slope^T hidden; the buffer may be wider (fp32) than the 16-bit factors."""
+def _accumulate(grad_weight: Tensor, slope: Tensor, hidden: Tensor, product: Tensor | None) -> Tensor | None:
+    """grad_weight += slope^T hidden. A 16-bit product is added to the fp32 buffer by way of `product`, made once."""
     if grad_weight.dtype == hidden.dtype:
         grad_weight.addmm_(slope.t(), hidden)
-    else:
-        grad_weight.add_(slope.t() @ hidden)
+        return None
+    if product is None:
+        product = torch.empty(grad_weight.shape, dtype=hidden.dtype, device=hidden.device)
+    torch.mm(slope.t(), hidden, out=product)
+    grad_weight.add_(product)
+    return product

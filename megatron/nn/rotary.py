@@ -13,10 +13,12 @@ from megatron.config.model import ModelConfig
 Rope = tuple[Tensor, Tensor]  # cos, sin: [s, rotated channels / 2]
 
 
-def inverse_frequencies(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Tensor:
+def inverse_frequencies(
+    config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Tensor:
     """Angular frequency of each rotated channel pair, [rotated channels / 2]."""
     rotated = int(config.head_dim * config.rotary_percent)
-    exponent = torch.arange(0, rotated, 2, dtype=dtype) / rotated
+    exponent = torch.arange(0, rotated, 2, dtype=dtype, device=device) / rotated
     frequencies = 1.0 / config.rotary_base**exponent
     if config.rotary_seq_len_interpolation_factor:
         frequencies = frequencies / config.rotary_seq_len_interpolation_factor
@@ -34,8 +36,8 @@ def _stretch_low_frequencies(frequencies: Tensor, config: ModelConfig) -> Tensor
 def rotary_tables(config: ModelConfig, start: int, stop: int, like: Tensor) -> Rope:
     """cos and sin for positions start..stop-1, [s, rotated channels / 2], in the dtype and on the device of `like`."""
     precise = torch.promote_types(torch.float32, like.dtype)
-    positions = torch.arange(start, stop, dtype=precise)
-    angles = torch.outer(positions, inverse_frequencies(config, precise))
+    positions = torch.arange(start, stop, dtype=precise, device=like.device)
+    angles = torch.outer(positions, inverse_frequencies(config, precise, like.device))
     return angles.cos().to(like), angles.sin().to(like)
 
 

@@ -73,6 +73,10 @@ class TrainingOptimizer:
         self._refresh_parameters()
         return StepResult(True, norm)
 
+    def nonfinite_parameters(self) -> list[str]:
+        """Names of the parameters whose accumulated gradient is not finite."""
+        return [name for name, p in self.parameters.items() if not bool(p.main_grad.isfinite().all())]
+
     def num_zero_grads(self) -> int:
         """How many gradient entries are exactly zero."""
         return sum(int((p.main_grad == 0).sum()) for p in self.parameters.values())

@@ -25,8 +25,8 @@ class Mesh:
     @staticmethod
     def build(config: ParallelConfig, backend: Backend) -> "Mesh":
         """Make the mesh of this process. Raises ConfigError where several processes were launched."""
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        if world != 1:
+        world = os.environ.get("WORLD_SIZE", "1")
+        if world != "1":
             raise ConfigError(
                 f"{world} processes were launched, but this version trains on one: "
                 "start it without torchrun, or with --nproc-per-node 1"
@@ -42,6 +42,10 @@ class Mesh:
     def rank(self, axis: str) -> int:
         """This process's coordinate along `axis`."""
         return self.ranks[AXES.index(axis)]
+
+    def place(self) -> str:
+        """This process's coordinates in words, for messages."""
+        return " ".join(f"{axis}={rank}" for axis, rank in zip(AXES, self.ranks, strict=True))
 
     @property
     def is_main(self) -> bool:

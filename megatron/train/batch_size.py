@@ -21,8 +21,21 @@ def global_batch_size(config: TrainingConfig, consumed_samples: int, dp_size: in
     return max(size // unit, 1) * unit
 
 
-def training_samples(config: TrainingConfig, dp_size: int) -> int:
-    """Training length in samples, from --train-samples or --train-iters."""
-    if config.train_samples is not None:
-        return config.train_samples
-    return (config.train_iters or 0) * (config.global_batch_size or config.micro_batch_size * dp_size)
+def training_length(config: TrainingConfig, dp_size: int) -> tuple[int, int]:
+    """(iterations, samples) of the whole run. Sample-based runs end before the step that would exceed them."""
+    final = global_batch_size(config, 1 << 62, dp_size)
+    if config.train_samples is None:
+        iterations = config.train_iters or 0
+        return iterations, iterations * final
+    iterations = consumed = 0
+    while (size := global_batch_size(config, consumed, dp_size)) != final and consumed + size <= config.train_samples:
+        consumed += size
+        iterations += 1
+    return iterations + max(0, config.train_samples - consumed) // final, config.train_samples
+
+
+def is_finished(config: TrainingConfig, iteration: int, consumed_samples: int, dp_size: int) -> bool:
+    """Whether the run has no further step."""
+    if config.train_samples is None:
+        return iteration >= (config.train_iters or 0)
+    return consumed_samples + global_batch_size(config, consumed_samples, dp_size) > config.train_samples

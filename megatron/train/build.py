@@ -2,8 +2,8 @@
 
 from megatron.config.run import RunConfig
 from megatron.errors import ConfigError
-from megatron.logs import get_logger
 from megatron.model.build import build_model
+from megatron.model.gpt import GPT
 from megatron.model.stage import Stage
 from megatron.optim.lr import LrSchedule, WeightDecaySchedule
 from megatron.optim.optimizer import TrainingOptimizer
@@ -12,33 +12,40 @@ from megatron.parallel.backend import Backend
 from megatron.parallel.mesh import Mesh
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer
-from megatron.train.batch_size import training_samples
+from megatron.train.batch_size import training_length
 from megatron.train.trainer import Trainer
-
-log = get_logger(__name__)
 
 
 def build_trainer(config: RunConfig, backend: Backend | None = None) -> Trainer:
-    """Make all parts of a training run; parameters are still uninitialised (see `start.start_run`)."""
+    """Make all parts of a training run; parameters are still uninitialised (see `checkpoints.start`)."""
     backend = backend or Backend.choose(config.parallel.distributed_backend)
     mesh = Mesh.build(config.parallel, backend)
     tokenizer = make_tokenizer(config)
     model = build_model(config, mesh, tokenizer.vocab_size)
     if config.training.torch_compile:
-        for layer in model.layers.values():
-            layer.compile_body()
+        compile_layers(model)
     return Trainer(
         config=config,
         mesh=mesh,
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
         model=model,
-        stage=Stage(model),
-        optimizer=TrainingOptimizer(model.named_parameters(), config.optimizer),
+        stage=Stage(model, tokenizer.vocab_size),
+        optimizer=None if config.training.skip_train else TrainingOptimizer(model.named_parameters(), config.optimizer),
         scaler=build_scaler(config),
         lr=build_lr(config, mesh.size("dp")),
         weight_decay=build_weight_decay(config, mesh.size("dp")),
     )
+
+
+def compile_layers(model: GPT) -> None:
+    """Run the layers, and the blocks and branches of exits, through torch.compile."""
+    blocks = [head.block for head in model.exits.values() if head.block is not None]
+    for layer in (*model.layers.values(), *blocks):
+        layer.compile_body()
+    for head in model.exits.values():
+        if head.branch is not None:
+            head.branch.compile()
 
 
 def make_tokenizer(config: RunConfig) -> Tokenizer:
@@ -77,7 +84,7 @@ def build_lr(config: RunConfig, dp_size: int) -> LrSchedule:
     """The learning-rate schedule, all lengths turned into samples."""
     flags, training = config.learning_rate, config.training
     unit = training.global_batch_size or training.micro_batch_size * dp_size
-    decay = flags.lr_decay_samples or (flags.lr_decay_iters or 0) * unit or training_samples(training, dp_size)
+    decay = flags.lr_decay_samples or (flags.lr_decay_iters or 0) * unit or training_length(training, dp_size)[1]
     if flags.lr_warmup_fraction is not None:
         warmup = flags.lr_warmup_fraction * decay
     else:
@@ -99,5 +106,5 @@ def build_weight_decay(config: RunConfig, dp_size: int) -> WeightDecaySchedule:
     flags = config.optimizer
     if flags.weight_decay_incr_style == "constant":
         return WeightDecaySchedule(flags.weight_decay, flags.weight_decay)
-    length = training_samples(config.training, dp_size)
+    length = training_length(config.training, dp_size)[1]
     return WeightDecaySchedule(flags.start_weight_decay, flags.end_weight_decay, flags.weight_decay_incr_style, length)

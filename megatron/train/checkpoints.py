@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron.checkpoint import megatron_legacy, native
 from megatron.checkpoint.find import NATIVE, Found, recognise_if_any
+from megatron.checkpoint.run_facts import read_run_facts
 from megatron.checkpoint.state import MODEL, OPTIMIZER, RunState, copy_into
 from megatron.config.load import from_checkpoint, save_config, to_dict
 from megatron.config.run import RunConfig
@@ -26,6 +27,8 @@ _MEANING = (
     ("model", "num_layers"), ("model", "hidden_size"), ("model", "num_attention_heads"), ("model", "num_kv_heads"),
     ("model", "position_embedding_type"), ("model", "rotary_base"), ("model", "rotary_percent"),
     ("model", "rotary_seq_len_interpolation_factor"), ("model", "use_rope_scaling"), ("model", "rope_scaling_factor"),
+    ("model", "rope_low_freq_factor"), ("model", "rope_high_freq_factor"),
+    ("model", "rope_original_max_position_embeddings"),
     ("model", "normalization"), ("model", "norm_epsilon"), ("model", "apply_layernorm_1p"),
     ("model", "apply_residual_connection_post_layernorm"), ("model", "activation"), ("model", "window_size"),
 )  # fmt: skip
@@ -38,7 +41,7 @@ def state_tensors(trainer: Trainer, *, optimizer: bool = True) -> dict[str, Tens
     """Checkpoint key -> live view, for all tensors of the run."""
     model, vocab = trainer.model, trainer.vocab_size
     tensors = {MODEL + name: view for name, view in model_state(model, vocab).items()}
-    if optimizer:
+    if optimizer and trainer.optimizer is not None:
         for kind, name, tensor in trainer.optimizer.state_tensors():
             for part, view in named_parts(name, tensor, model, vocab):
                 tensors[f"{OPTIMIZER}{kind}/{part}"] = view
@@ -82,7 +85,8 @@ def start(trainer: Trainer) -> None:
     found = find(trainer.config)
     if found is None:
         initialise(trainer.model, trainer.config.training.seed, trainer.vocab_size)
-        trainer.optimizer.reset_masters()
+        if trainer.optimizer is not None:
+            trainer.optimizer.reset_masters()
         return
     load(trainer, found)
     log.info("loaded %s (%s format), going on from iteration %d", found.directory, found.format,
@@ -114,14 +118,16 @@ def load(trainer: Trainer, found: Found) -> None:
     """Restore weights and, unless --finetune or --no-load-optim, optimizer and progress from `found`."""
     flags = trainer.config.checkpoint
     fresh = flags.finetune or found.release
-    with_optimizer = flags.load_optim and not fresh
+    with_optimizer = flags.load_optim and not fresh and trainer.optimizer is not None
     targets = state_tensors(trainer, optimizer=with_optimizer)
     ignore = () if with_optimizer else (OPTIMIZER,)
     what = str(found.directory)
     if found.format == NATIVE:
-        about = native.read_facts(found.directory)
+        about = read_run_facts(found.directory)
         _check_same_model(trainer.config, from_checkpoint(about["config"]), what)
         _check_same_tokenizer(trainer, about, what)
+        if not fresh:
+            _say_other_run(trainer.config, from_checkpoint(about["config"]), what)
         native.load(found.directory, targets, ignore=ignore, convert=True)
     else:
         state = megatron_legacy.read(found.directory, trainer.vocab_size, with_optimizer=with_optimizer)
@@ -131,7 +137,7 @@ def load(trainer: Trainer, found: Found) -> None:
     if with_optimizer:
         trainer.optimizer.steps = about["optimizer_step"]
         trainer.scaler.restore(about.get("grad_scaler") or {})
-    else:
+    elif trainer.optimizer is not None:
         trainer.optimizer.reset_masters()
     if not fresh:
         _restore_progress(trainer, about)
@@ -144,7 +150,6 @@ def _restore_progress(trainer: Trainer, about: dict[str, Any]) -> None:
     progress = trainer.progress
     progress.iteration = about["iteration"]
     progress.consumed_samples = about.get("consumed_samples", about.get("consumed_train_samples", 0))
-    progress.consumed_valid_samples = about.get("consumed_valid_samples", 0)
     legacy_steps = (about.get("opt_param_scheduler") or {}).get("num_steps", progress.consumed_samples)
     progress.optimizer_samples = about.get("optimizer_samples", legacy_steps)
     progress.skipped_steps = about.get("skipped_steps", 0)
@@ -211,8 +216,27 @@ def _check_same_model(ours: RunConfig, theirs: RunConfig, what: str, unsure: tup
     if differing:
         raise CheckpointError(
             f"{what} is a checkpoint of another model ({'; '.join(differing)}): "
-            "change the flags, or give --use-checkpoint-args"
+            + (
+                "leave these flags out"
+                if ours.checkpoint.use_checkpoint_args
+                else "change the flags, or give --use-checkpoint-args"
+            )
         )
+
+
+def _say_other_run(ours: RunConfig, theirs: RunConfig, what: str) -> None:
+    """Name what else is not as before on resume: allowed, but then it isn't the run that never stopped."""
+    pairs = {("training", "seed"), ("training", "calculate_per_token_loss")}
+    for group in ("data", "optimizer", "precision"):
+        pairs |= {(group, field.name) for field in dataclasses.fields(getattr(ours, group))}
+    pairs -= {("data", "num_workers"), ("data", "data_cache_path")}
+    differing = []
+    for group, name in sorted(pairs):
+        mine, saved = (getattr(getattr(config, group), name) for config in (ours, theirs))
+        if mine != saved:
+            differing.append(f"{name}: {saved} -> {mine}")
+    if differing:
+        log.warning("not as when %s was saved: %s", what, "; ".join(differing))
 
 
 def _own_tensors(config: RunConfig) -> bool:

@@ -8,8 +8,8 @@ from megatron.data.build import Dataset, build_datasets
 from megatron.data.loader import Microbatch, build_loader, make_microbatch
 from megatron.data.sampler import BatchOrder
 from megatron.data.splits import samples_per_split
-from megatron.errors import ConfigError
-from megatron.train.batch_size import global_batch_size, training_samples
+from megatron.errors import ConfigError, DataError
+from megatron.train.batch_size import global_batch_size, training_length
 from megatron.train.trainer import Trainer
 
 
@@ -28,11 +28,10 @@ def make_datasets(trainer: Trainer) -> Datasets:
     if not (data.data_path or data.train_data_path or data.valid_data_path):
         raise ConfigError("--data-path is missing: give the prefix of a .bin/.idx pair (see tools/preprocess_data.py)")
     dp_size = trainer.mesh.size("dp")
-    batch = training.global_batch_size or training.micro_batch_size * dp_size
     counts = samples_per_split(
-        train_iters=training.train_iters or training_samples(training, dp_size) // batch,
+        train_iters=training_length(training, dp_size)[0],
         train_samples=training.train_samples,
-        global_batch_size=batch,
+        global_batch_size=global_batch_size(training, 1 << 62, dp_size),
         eval_interval=training.eval_interval,
         eval_iters=training.eval_iters,
     )
@@ -62,13 +61,13 @@ def microbatches(trainer: Trainer, dataset: Dataset, consumed_samples: int) -> I
 
 
 def step_batches(trainer: Trainer, stream: Iterator[Microbatch]) -> list[Microbatch]:
-    """The microbatches of the next optimizer step. Raises ConfigError where the data end."""
+    """The microbatches of the next optimizer step. Raises DataError where the data end."""
     training, dp_size = trainer.config.training, trainer.mesh.size("dp")
     samples = global_batch_size(training, trainer.progress.consumed_samples, dp_size)
     count = samples // (training.micro_batch_size * dp_size)
     batches = list(islice(stream, count))
     if len(batches) < count:
-        raise ConfigError(
+        raise DataError(
             f"the training data ended after {trainer.progress.consumed_samples} samples: "
             "give more data, fewer --train-iters/--train-samples, or --dataloader-type cyclic"
         )

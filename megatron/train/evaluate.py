@@ -25,18 +25,18 @@ class HeadMetrics:
 
 
 def evaluate(stage: Stage, batches: Iterable[TokenBatch]) -> dict[str, HeadMetrics]:
-    """Score every head of the model over `batches`; by head label, shallow first."""
+    """Score every head of the model over `batches`; by head label, shallow first. Empty without batches."""
     stage.model.eval()
     sums: dict[str, torch.Tensor] = {}
-    tokens = 0.0
+    tokens: torch.Tensor | float = 0.0
     for batch in batches:
         scores = stage.evaluate(batch)
-        tokens += float(batch.loss_mask.sum())
+        tokens = tokens + batch.loss_mask.sum()
         for label, score in scores.items():
             row = torch.stack((score.loss.double(), score.correct.double(), score.agree.double()))
             sums[label] = sums.get(label, 0) + row
     stage.model.train()
-    return {label: HeadMetrics(*(row / max(tokens, 1)).tolist()) for label, row in sums.items()}
+    return {label: HeadMetrics(*(row / max(float(tokens), 1.0)).tolist()) for label, row in sums.items()}
 
 
 def metric_names(results: dict[str, HeadMetrics]) -> dict[str, float]:

@@ -8,6 +8,12 @@ from typing import Any, Protocol
 
 from megatron.config.run import LoggingConfig, RunConfig
 from megatron.errors import ConfigError, StorageError
+from megatron.exits.spec import FINAL
+from megatron.logs import get_logger
+from megatron.train.step import StepReport
+from megatron.train.trainer import Trainer
+
+log = get_logger(__name__)
 
 
 class Sink(Protocol):
@@ -58,7 +64,10 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError("--tensorboard-dir needs the tensorboard package: pip install 'ee-llm[log]'") from error
-        self._writer, self._interval = SummaryWriter(directory), interval
+        try:
+            self._writer, self._interval = SummaryWriter(directory), interval
+        except OSError as error:
+            raise StorageError(f"--tensorboard-dir {directory}: {error}") from error
 
     def write(self, iteration: int, record: dict[str, Any]) -> None:
         """Add a point to each numeric curve."""
@@ -98,8 +107,77 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def open_sinks(config: RunConfig, as_dict: dict[str, Any]) -> list[Sink]:
-    """The sinks that the flags ask for."""
+class Reporter:
+    """Sends records to all sinks. A sink that fails (disk full, service gone) is dropped with a warning."""
+
+    def __init__(self, sinks: list[Sink]) -> None:
+        self._sinks = sinks
+
+    def write(self, iteration: int, record: dict[str, Any]) -> None:
+        """Report `record`, which belongs to `iteration`."""
+        for sink in list(self._sinks):
+            try:
+                sink.write(iteration, record)
+            except OSError as error:
+                self._sinks.remove(sink)
+                log.warning("%s: %s; training goes on without it", type(sink).__name__, error)
+
+    def close(self) -> None:
+        """Flush and release all sinks."""
+        for sink in self._sinks:
+            try:
+                sink.close()
+            except OSError as error:
+                log.warning("%s: %s", type(sink).__name__, error)
+
+
+def next_run(metrics_file: str | None) -> int:
+    """Number of this start of a run, as far as its metrics file tells: one more than the last line's."""
+    try:
+        with open(metrics_file or os.devnull, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 65536))
+            lines = file.read(65536).splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["run"]) + 1
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that a crash cut short, or none of ours
+    return 0
+
+
+def step_record(trainer: Trainer, report: StepReport, samples: int, seconds: float) -> dict[str, Any]:
+    """What the metrics file says of one step."""
+    progress, seq_length, flags = trainer.progress, trainer.config.model.seq_length, trainer.config.logging
+    record: dict[str, Any] = {
+        "run": progress.run,
+        "consumed_samples": progress.consumed_samples,
+        "consumed_tokens": progress.consumed_samples * seq_length,
+        "lr": report.lr,
+    }
+    for label, value in report.losses.items():
+        record[f"loss/{FINAL if label == FINAL else f'exit_{label}'}"] = value
+    record |= {f"weight/exit_{label}": weight for label, weight in report.weights.items()}
+    record |= {f"confidence/exit_{label}": value for label, value in report.confidences.items()}
+    record |= {
+        "grad_norm": report.grad_norm,
+        "loss_scale": report.loss_scale,
+        "step_time_s": seconds,
+        "tokens_per_s": samples * seq_length / seconds,
+        "peak_memory_bytes": trainer.mesh.backend.peak_memory_bytes(),
+    }
+    if flags.log_params_norm:
+        record["params_norm"] = trainer.optimizer.parameter_norm()
+    if flags.log_num_zeros_in_grad:
+        record["num_zeros_in_grad"] = trainer.optimizer.num_zero_grads()
+    if not report.applied:
+        record["skipped"] = True
+    return record
+
+
+def open_reporter(config: RunConfig, as_dict: dict[str, Any]) -> Reporter:
+    """A reporter with the sinks that the flags ask for."""
     flags = config.logging
     sinks: list[Sink] = []
     if flags.metrics_file:
@@ -108,7 +186,7 @@ def open_sinks(config: RunConfig, as_dict: dict[str, Any]) -> list[Sink]:
         sinks.append(TensorBoard(flags.tensorboard_dir, flags.tracker_log_interval))
     if flags.wandb_project:
         sinks.append(WeightsAndBiases(flags, as_dict))
-    return sinks
+    return Reporter(sinks)
 
 
 def finite(value: Any) -> Any:

@@ -6,6 +6,7 @@ Nothing here knows about files or loops: `train_step` is a function of a `Traine
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
@@ -13,6 +14,7 @@ from megatron.exits.loss import LossTerms, Objective
 from megatron.exits.spec import FINAL, exit_specs
 from megatron.exits.weights import exit_weight
 from megatron.model.stage import TokenBatch
+from megatron.schedule.actions import Schedule
 from megatron.schedule.check import check
 from megatron.schedule.execute import run
 from megatron.schedule.generate import GENERATORS
@@ -23,7 +25,8 @@ from megatron.train.trainer import Trainer
 class StepReport:
     """What one step did: losses (before exit weights) and weights by head label, and the update's figures.
 
-    problem: None, or where a non-finite number came from; parameters are then untouched.
+    problem: None, or where a non-finite number came from; parameters are then untouched. overflow: it may be the
+    loss scale's doing (gradients, not losses), and a lower scale the mend.
     """
 
     losses: dict[str, float]
@@ -33,6 +36,7 @@ class StepReport:
     loss_scale: float
     applied: bool
     problem: str | None = None
+    overflow: bool = False
     confidences: dict[str, float] = field(default_factory=dict)
 
 
@@ -40,26 +44,26 @@ def train_step(trainer: Trainer, batches: Sequence[TokenBatch]) -> StepReport:
     """Accumulate the gradients of all microbatches, apply them, and move the trainer's progress on."""
     config, progress, optimizer = trainer.config, trainer.progress, trainer.optimizer
     objective = make_objective(trainer, batches)
-    schedule = GENERATORS[config.parallel.pipeline_schedule](trainer.mesh.size("pp"), len(batches))
-    check(schedule, len(batches))
+    schedule = checked_schedule(config.parallel.pipeline_schedule, trainer.mesh.size("pp"), len(batches))
     streams = [trainer.dropout_stream(progress.iteration, m) for m in range(len(batches))]
 
     trainer.model.train()
     optimizer.zero_grad()
     terms = run(schedule[trainer.mesh.rank("pp")], trainer.stage, batches, streams, objective)
 
-    losses = _to_host(terms)
+    losses, confidences = _to_host(terms)
     lr, weight_decay = trainer.lr.at(progress.optimizer_samples), trainer.weight_decay.at(progress.optimizer_samples)
     guarded = config.training.check_for_nan_in_loss_and_grad or trainer.scaler.dynamic
     problem = _find_problem(losses) if guarded else None
+    applied, grad_norm, overflow = False, math.nan, False
     if problem is None:
         result = optimizer.step(lr, weight_decay, objective.loss_scale, guarded)
-        applied, grad_norm = result.applied, result.grad_norm
-        if not applied:
-            problem = "the gradient norm is not finite"
-        trainer.scaler.update(overflow=not applied)
-    else:
-        applied, grad_norm = False, math.nan
+        applied, grad_norm, overflow = result.applied, result.grad_norm, not result.applied
+        trainer.scaler.update(overflow)
+    if overflow:
+        names = optimizer.nonfinite_parameters()
+        problem = f"the gradients of {', '.join(names[:3]) or 'all parameters together'} are not finite"
+        problem += f" (and of {len(names) - 3} more parameters)" if len(names) > 3 else ""
     _advance(trainer, batches, applied)
     return StepReport(
         losses={label: sum(values) for label, values in losses.items()},
@@ -68,9 +72,18 @@ def train_step(trainer: Trainer, batches: Sequence[TokenBatch]) -> StepReport:
         grad_norm=grad_norm,
         loss_scale=objective.loss_scale,
         applied=applied,
-        problem=problem,
-        confidences=_mean_confidences(terms),
+        problem=f"{problem} (rank {trainer.mesh.place()})" if problem else None,
+        overflow=overflow,
+        confidences={label: sum(values) for label, values in confidences.items()},
     )
+
+
+@cache
+def checked_schedule(kind: str, num_stages: int, num_microbatches: int) -> Schedule:
+    """The schedule of a step; depends on these three alone, so it is made and checked once."""
+    schedule = GENERATORS[kind](num_stages, num_microbatches)
+    check(schedule, num_microbatches)
+    return schedule
 
 
 def make_objective(trainer: Trainer, batches: Sequence[TokenBatch]) -> Objective:
@@ -93,19 +106,16 @@ def make_objective(trainer: Trainer, batches: Sequence[TokenBatch]) -> Objective
         dynamic=frozenset(weights) if exits.use_dynamic_exit_layer_weight else frozenset(),
         num_microbatches=len(batches),
         loss_scale=trainer.scaler.scale,
-        total_tokens=int(sum(batch.loss_mask.sum() for batch in batches)) if per_token else None,
+        total_tokens=torch.stack([batch.loss_mask.sum() for batch in batches]).sum() if per_token else None,
     )
 
 
-def _to_host(terms: Sequence[LossTerms]) -> dict[str, list[float]]:
-    """Loss shares by label and microbatch, in one transfer."""
-    labels = list(terms[0].loss)
-    table = torch.stack([torch.stack([term.loss[label] for label in labels]) for term in terms]).tolist()
-    return {label: [row[i] for row in table] for i, label in enumerate(labels)}
-
-
-def _mean_confidences(terms: Sequence[LossTerms]) -> dict[str, float]:
-    return {label: float(sum(term.confidence[label] for term in terms)) for label in terms[0].confidence}
+def _to_host(terms: Sequence[LossTerms]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Loss shares and mean confidences by label and microbatch, in one transfer."""
+    labels, dynamic = list(terms[0].loss), list(terms[0].confidence)
+    rows = [[term.loss[label] for label in labels] + [term.confidence[label] for label in dynamic] for term in terms]
+    columns = torch.stack([torch.stack(row) for row in rows]).t().tolist()
+    return dict(zip(labels, columns, strict=False)), dict(zip(dynamic, columns[len(labels) :], strict=True))
 
 
 def _find_problem(losses: dict[str, list[float]]) -> str | None:

@@ -22,7 +22,6 @@ class Progress:
 
     iteration: int = 0
     consumed_samples: int = 0
-    consumed_valid_samples: int = 0
     optimizer_samples: int = 0
     skipped_steps: int = 0
     run: int = 0
@@ -30,7 +29,10 @@ class Progress:
 
 @dataclass
 class Trainer:
-    """Everything a step needs. `vocab_size` counts true ids; the model's matrices may be padded beyond it."""
+    """Everything a step needs. `vocab_size` counts true ids; the model's matrices may be padded beyond it.
+
+    optimizer: None where the run only evaluates.
+    """
 
     config: RunConfig
     mesh: Mesh
@@ -38,7 +40,7 @@ class Trainer:
     vocab_size: int
     model: GPT
     stage: Stage
-    optimizer: TrainingOptimizer
+    optimizer: TrainingOptimizer | None
     scaler: LossScaler
     lr: LrSchedule
     weight_decay: WeightDecaySchedule

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
-INPUTS = ("--tokenizer-model", "--vocab-file", "--merge-file", "--load", "--data-path")
-OUTPUTS = ("--save", "--data-cache-path")
+INPUTS = (
+    *("--tokenizer-model", "--vocab-file", "--merge-file", "--load", "--config"),
+    *("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path"),
+)
+OUTPUTS = ("--save", "--data-cache-path", "--tensorboard-dir", "--metrics-file", "--wandb-save-dir")
 
 
 def redirect(argv: list[str], golden_dir: Path, out: Path) -> list[str]:

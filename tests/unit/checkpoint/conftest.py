@@ -16,6 +16,20 @@ from torch import Tensor
 
 HIDDEN, FFN, HEADS, PADDED, POSITIONS = 8, 16, 4, 16, 6
 
+SCHEDULER = {
+    "max_lr": 0.1,
+    "min_lr": 0.0,
+    "lr_decay_style": "linear",
+    "lr_decay_steps": 200,
+    "lr_warmup_steps": 0,
+    "num_steps": 112,
+    "start_wd": 0.01,
+    "end_wd": 0.01,
+    "wd_incr_style": "constant",
+    "wd_incr_steps": 200,
+}
+SCALER = {"scale": torch.tensor([8.0]), "growth_tracker": 3, "hysteresis_tracker": -2}
+
 
 class ModelType(enum.Enum):
     encoder_or_decoder = 1
@@ -215,7 +229,7 @@ def _rank(recipe: Recipe, made: list[Parameter], sets: dict[str, list[Parameter]
         state[key] = _nested(_local(recipe, made, t, p, chunk))
     if recipe.optimizer:
         state["optimizer"] = _optimizer(recipe, made, sets, t, p)
-        state["opt_param_scheduler"] = {"max_lr": 0.1, "num_steps": 112}
+        state["opt_param_scheduler"] = dict(SCHEDULER)
     return state
 
 
@@ -243,7 +257,7 @@ def _optimizer(recipe: Recipe, made: list[Parameter], sets: dict[str, list[Param
     inner = {"state": state, "param_groups": numbered}
     if recipe.optimizer == "fp32":
         return inner
-    return {"optimizer": inner, "fp32_from_fp16_params": masters, "grad_scaler": {"scale": torch.tensor([8.0])}}
+    return {"optimizer": inner, "fp32_from_fp16_params": masters, "grad_scaler": dict(SCALER)}
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def test_mixed_precision_state_has_masters_and_scaler(tmp_path, legacy, recipe):
     state = read(tmp_path)
     assert_same(state.tensors, expected)
     assert any(name.startswith("optimizer/master/layers.3.mlp.gate") for name in state.tensors)
-    assert state.facts["grad_scaler"] == {"scale": 8.0}
+    assert state.facts["grad_scaler"] == {"scale": 8.0, "growth_tracker": 3, "hysteresis_tracker": -2}
 
 
 def test_tuning_has_state_for_exits_only(tmp_path, legacy, recipe):
@@ -85,7 +85,7 @@ def test_facts_are_plain_json(tmp_path, legacy, recipe):
     assert facts["args"]["betas"] == [0.9, 0.95]
     assert facts["args"]["scale"] == 2.0
     assert (facts["iteration"], facts["consumed_train_samples"], facts["consumed_valid_samples"]) == (7, 112, 0)
-    assert facts["opt_param_scheduler"] == {"max_lr": 0.1, "num_steps": 112}
+    assert (facts["opt_param_scheduler"]["max_lr"], facts["opt_param_scheduler"]["num_steps"]) == (0.1, 112)
 
 
 def test_files_older_than_the_count_of_samples(tmp_path, legacy, recipe):
@@ -206,6 +206,105 @@ def test_what_does_not_fit_is_refused(tmp_path, legacy, recipe, change, message)
     legacy(tmp_path, recipe(exits=(2,), untied_exits=True, optimizer="fp32"))
     edit(tmp_path, change)
     with pytest.raises(CheckpointError, match=message):
+        read(tmp_path)
+
+
+def arg(name, value):
+    return lambda s: setattr(s["args"], name, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda s: s.update(iteration=None), "iteration is None"),
+        (lambda s: s.update(iteration="7"), "iteration is '7'"),
+        (lambda s: s.update(iteration=-1), "iteration is -1"),
+        (lambda s: s.update(checkpoint_version="three"), "checkpoint_version is 'three'"),
+        (lambda s: s.update(model=[1]), "model is a list"),
+        (lambda s: s.update(model0=s.pop("model"), model1=None), "model1 is None"),
+        (arg("num_layers", "8"), "num_layers is '8'"),
+        (arg("exit_layer_nums", "2 4"), "exit_layer_nums is '2 4'"),
+        (arg("exit_layer_nums", ["2"]), "exit_layer_nums is '2'"),
+        (arg("consumed_train_samples", "many"), "consumed_train_samples is 'many'"),
+        (arg("consumed_valid_samples", [1]), "consumed_valid_samples is a list"),
+        (arg("pipeline_model_parallel_size", True), "pipeline_model_parallel_size is True"),
+        (lambda s: s.update(opt_param_scheduler=[1]), "opt_param_scheduler is a list"),
+        (lambda s: s["opt_param_scheduler"].update(max_lr="big"), "opt_param_scheduler: max_lr is 'big'"),
+        (lambda s: s["opt_param_scheduler"].update(num_steps=0.5), "opt_param_scheduler: num_steps is 0.5"),
+        (lambda s: s.update(optimizer=[1]), "no optimizer state"),
+        (lambda s: s["optimizer"].update(optimizer=[1]), "optimizer is a list"),
+        (lambda s: s["optimizer"].pop("param_groups"), "lacks param_groups"),
+        (lambda s: s["optimizer"].update(param_groups=["x"]), "param_groups"),
+        (lambda s: s["optimizer"]["param_groups"][0].update(params="all"), "params is 'all'"),
+        (lambda s: s["optimizer"]["param_groups"][0].update(params=[[0]]), "params are no numbers"),
+        (lambda s: s["optimizer"].update(state=[1]), "state is a list"),
+        (lambda s: s["optimizer"]["state"].update({0: 1}), "entry 0 is no mapping"),
+        (lambda s: s["optimizer"]["state"][0].update(exp_avg=1.0), "entry 0 holds a moment that is no tensor"),
+        (lambda s: [group.pop("step") for group in s["optimizer"]["param_groups"]], "lacks step.*--no-load-optim"),
+        (lambda s: s["optimizer"]["param_groups"][0].update(step="x"), "step is 'x'"),
+        (lambda s: s["optimizer"].update(grad_scaler=1.0), "grad_scaler is a float"),
+        (lambda s: s["optimizer"].update(fp32_from_fp16_params=[1]), "fp32 weights belong"),
+    ],
+)
+def test_odd_fields_are_named(tmp_path, legacy, recipe, change, field):
+    legacy(tmp_path, recipe(exits=(2,), optimizer="fp32"))
+    edit(tmp_path, change)
+    with pytest.raises(CheckpointError, match=f"iter_0000007.*{field}"):
+        read(tmp_path)
+
+
+def test_arguments_that_are_none_are_as_absent(tmp_path, legacy, recipe):
+    unset = dict.fromkeys(("num_layers", "exit_layer_nums", "consumed_train_samples", "consumed_valid_samples"))
+    expected = legacy(tmp_path, recipe(args={**unset, "global_batch_size": 5}))
+    state = read(tmp_path)
+    assert_same(state.tensors, expected)
+    assert (state.facts["consumed_train_samples"], state.facts["consumed_valid_samples"]) == (35, 0)
+
+
+def test_a_scheduler_or_scaler_that_lacks_keys_is_left_out(tmp_path, legacy, recipe, caplog):
+    legacy(tmp_path, recipe(optimizer="mixed"))
+    edit(tmp_path, lambda s: (s["opt_param_scheduler"].pop("max_lr"), s["optimizer"]["grad_scaler"].pop("scale")))
+    facts = read(tmp_path).facts
+    assert (facts["opt_param_scheduler"], facts["grad_scaler"]) == (None, None)
+    assert "opt_param_scheduler lacks max_lr and is left out" in caplog.text
+    assert "grad_scaler lacks scale and is left out" in caplog.text
+
+
+def test_an_odd_optimizer_is_not_looked_at_where_it_is_left_aside(tmp_path, legacy, recipe):
+    legacy(tmp_path, recipe(optimizer="fp32"))
+    edit(tmp_path, lambda s: s.update(optimizer=[1]))
+    facts = read(tmp_path, with_optimizer=False).facts
+    assert (facts["optimizer_step"], facts["grad_scaler"]) == (None, None)
+
+
+def test_step_of_torchs_adam_and_of_sgd(tmp_path, legacy, recipe):
+    legacy(tmp_path, recipe(optimizer="fp32"))
+
+    def per_entry(s):
+        for group in s["optimizer"]["param_groups"]:
+            del group["step"]
+        for entry in s["optimizer"]["state"].values():
+            entry["step"] = torch.tensor(6.0)
+
+    edit(tmp_path, per_entry)
+    assert read(tmp_path).facts["optimizer_step"] == 6
+
+    def momentum(s):
+        state = s["optimizer"]["state"]
+        s["optimizer"]["state"] = {n: {"momentum_buffer": entry["exp_avg"]} for n, entry in state.items()}
+
+    edit(tmp_path, momentum)
+    state = read(tmp_path)
+    assert state.facts["optimizer_step"] == 7  # SGD counts none: the iteration
+    assert "optimizer/momentum_buffer/final_norm.weight" in state.tensors
+
+
+@pytest.mark.parametrize("name", ["self_attention.query_key_value.weight", "mlp.dense_4h_to_h.bias"])
+def test_shards_of_other_shapes_are_refused(tmp_path, legacy, recipe, name):
+    legacy(tmp_path, recipe(tp=2))
+    key = f"layers.0.{name}"
+    edit(tmp_path, lambda s: s["model"]["language_model"]["encoder"].update({key: torch.ones(5, 3)}))
+    with pytest.raises(CheckpointError, match=r"iter_0000007: the shards of layers\.0\..* don't fit .*\[5, 3\]"):
         read(tmp_path)
 
 

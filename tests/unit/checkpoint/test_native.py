@@ -206,7 +206,13 @@ def test_tokenizer_files_travel_with_their_hashes(tmp_path, state):
         ("{", "damaged"),
         ("[]", "does not describe"),
         ('{"format": "other"}', "does not describe"),
+        ("[" * 100_000, "damaged"),
         ('{"format": "native", "format_version": 2}', "format version 2; this program reads 1"),
+        ('{"format": "native", "format_version": 1}', "lacks iteration"),
+        ('{"format": "native", "format_version": 1, "iteration": "1"}', "iteration is '1', not a number"),
+        ('{"format": "native", "format_version": 1, "iteration": 1.0}', "iteration is 1.0, not a whole number"),
+        ('{"format": "native", "format_version": 1, "iteration": 1}', "lacks tokenizer_sha256"),
+        ('{"format": "native", "format_version": 1, "iteration": 1, "tokenizer_sha256": {"a": 1}}', "a is 1, not text"),
     ],
 )
 def test_bad_facts(tmp_path, state, text, message):

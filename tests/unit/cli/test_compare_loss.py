@@ -1,5 +1,7 @@
 import json
 
+import pytest
+
 from megatron.cli.compare_loss import main
 
 
@@ -30,6 +32,24 @@ def test_the_last_of_repeated_iterations_counts_and_lengths_matter(tmp_path):
     assert main([a, str(again), "--assert-equal"]) == 0
     assert main([a, write(tmp_path / "c", [3.0]), "--assert-equal"]) == 1
     assert main([write(tmp_path / "d", []), write(tmp_path / "e", []), "--assert-equal"]) != 0
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b"[1, 2]", "not a record"),
+        (b'{"loss/final": 2.0}', "not a record with an iteration"),
+        (b'{"iteration": "2", "loss/final": 2.0}', "not a record with an iteration"),
+        (b'{"iteration": 2, "loss/final": "x"}', "loss/final is 'x', not a number"),
+        (b'{"iteration": 2, "note": "\xff"}', "not JSON ('utf-8'"),
+        (b"[" * 90_000, "not JSON"),
+    ],
+)
+def test_bad_line_is_named(tmp_path, capsys, line, words):
+    path = tmp_path / "a"
+    path.write_bytes(b'{"iteration": 1, "loss/final": 3.0}\n' + line + b"\n")
+    assert main([str(path), str(path)]) == 2
+    assert f"error: {path}, line 2: {words}" in capsys.readouterr().err
 
 
 def test_bad_file_is_named(tmp_path, capsys):

@@ -108,6 +108,14 @@ def test_flags_that_make_no_sense(run, argv: tuple[str, ...], named: str) -> Non
     assert named in error
 
 
+def test_interrupted(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron.cli.generate.load_model", interrupted)
+    assert run("--prompt", PROMPT, code=130) == "\nstopped\n"
+
+
 def test_bad_prompt_files(run, tmp_path: Path) -> None:
     lines = tmp_path / "b.jsonl"
     for content, named in (

@@ -41,12 +41,6 @@ def test_spellings(line: str, name: str, value: object) -> None:
     assert answers.values == {name: value}
 
 
-def test_recompute_activations_reads_as_before() -> None:
-    config = build(read("--recompute-activations").values, RunConfig())
-    assert config.training.recompute_activations
-    assert not RunConfig().training.recompute_activations
-
-
 @pytest.mark.parametrize(
     "line",
     [

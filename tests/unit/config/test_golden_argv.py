@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron.config.fields import all_flags
 from megatron.config.load import from_checkpoint, load
 from megatron.errors import ConfigError
+from tests.golden.argv import redirect
 
 _GOLDEN = Path(__file__).resolve().parents[3].parent / "shared" / "golden"
 # What a line may be refused for: parallel sizes, and what needs them or comes later.
@@ -52,3 +54,13 @@ def test_recorded_arguments_make_the_same_model(args: dict) -> None:
     model = load(json.loads(case.read_text())["argv"]).config.model
     for name in ("ffn_size", "head_dim", "num_kv_heads", "activation", "qkv_bias", "max_positions"):
         assert getattr(stored.model, name) == getattr(model, name), name
+
+
+def test_every_path_of_a_recorded_line_is_redirected(tmp_path: Path) -> None:
+    """Nothing is read from, or written to, where the tests happen to run."""
+    paths = [flag.flag for flag in all_flags() if flag.metavar in ("DIR", "FILE", "PATH")] + ["--config"]
+    blends = [f"--{name}data-path" for name in ("", "train-", "valid-", "test-")]
+    argv = [word for flag in paths for word in (flag, "x")]
+    argv += [word for flag in blends for word in (flag, "0.5", "x", "1", "y")]
+    moved = [word for word in redirect(argv, tmp_path / "in", tmp_path / "out") if not word.startswith("--")]
+    assert [word for word in moved if not word.startswith(str(tmp_path))] == ["0.5", "1"] * 4

@@ -7,6 +7,7 @@ import pytest
 
 from megatron.config.fields import build
 from megatron.config.load import load
+from megatron.config.model import ExitConfig
 from megatron.config.run import RunConfig
 from megatron.errors import ConfigError
 
@@ -84,6 +85,18 @@ def test_base_supplies_the_rest() -> None:
     assert loaded.config.model == base.model
 
 
+def test_other_exits_drop_the_lists_of_the_base() -> None:
+    values = {"num_layers": 4, "hidden_size": 8, "num_attention_heads": 1, "seq_length": 4, "exit_layer_nums": (1, 3)}
+    values |= {"exit_layer_weight": (0.1, 0.2), "exit_layer_temperature": (2.0, 2.0)}
+    base = build(values, RunConfig())
+    loaded = load(["--exit-layer-nums", "2", "--exit-layer-weight", "0.5"], base=base)
+    assert loaded.config.exits == ExitConfig(exit_layer_nums=(2,), exit_layer_weight=(0.5,))
+    assert loaded.given == {"exit_layer_nums", "exit_layer_weight"}
+    assert loaded.notes == ("left out, as --exit-layer-nums names other exits than before: exit_layer_temperature",)
+    same = load(["--exit-layer-nums", "1", "3"], base=base)
+    assert (same.config, same.notes) == (base, ())
+
+
 @pytest.mark.parametrize("name", ["c.yaml", "c.json", "c.yml"])
 def test_config_file_flat(tmp_path: Path, name: str) -> None:
     data = {"num_layers": 4, "hidden-size": 32, "--num-attention-heads": 4, "seq_length": 16}
@@ -138,6 +151,11 @@ def test_faults_of_a_file_name_file_and_key(tmp_path: Path) -> None:
         ("c.yaml", "a: [", "is not valid YAML"),
         ("c.yaml", "- a", "expected keys and values, found list"),
         ("c.json", "3", "expected keys and values, found int"),
+        ("c.json", '{"seed": ' + "[" * 90_000, "is nested too deeply"),
+        ("c.yaml", "seed: " + "[" * 2_000, "is nested too deeply"),
+        ("c.yaml", "save: 2024-13-45", "is not valid YAML: month"),
+        ("c.yaml", "config: other.yaml", "config: can't stand in a file; give --config on the command line"),
+        ("c.json", '{"help": true}', "help: can't stand in a file; give --help"),
     ],
 )
 def test_unreadable_file(tmp_path: Path, name: str, text: str, words: str) -> None:

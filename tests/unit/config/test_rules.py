@@ -127,15 +127,16 @@ CASES = [
         {"train_data_path": ("a",), "valid_data_path": ("b",)},
         "--data-path and --valid-data-path exclude each other",
     ),
-    ("blends_are_pairs", {"data_path": ("1", "a", "1")}, {"data_path": ("1", "a")}, "3 words are no list"),
+    ("blends_are_pairs", {"data_path": ("1", "a", "1")}, {"data_path": ("1", "a")}, "has 3 entries"),
     ("blends_are_pairs", {"data_path": ("a", "1")}, {"data_path": ("1", "a")}, "'a' stands where a weight"),
-    ("blends_are_pairs", {"data_path": ("0", "a")}, {"data_path": ("a",)}, "'0' stands where"),
+    ("blends_are_pairs", {"data_path": ("0", "a")}, {"data_path": ("0", "a", "1", "b")}, "all weights are 0"),
+    ("blends_are_pairs", {"train_data_path": ("",)}, {"train_data_path": ("a",)}, "an empty word"),
     ("blends_are_pairs", {"test_data_path": ("inf", "a")}, {"test_data_path": (".5", "a")}, "--test-data-path"),
     ("split_is_sane", {"split": "a,b"}, {"split": "949/50/1"}, "--split 'a,b'"),
-    ("split_is_sane", {"split": "1,1,1,1"}, {"split": "1,1,1"}, "up to three shares"),
-    ("split_is_sane", {"split": "-1,2"}, {"split": "100"}, "none negative"),
+    ("split_is_sane", {"split": "1,1,1,1"}, {"split": "1,1,1"}, "at most three shares"),
+    ("split_is_sane", {"split": "-1,2"}, {"split": "100"}, "at least 0"),
     ("split_is_sane", {"split": "0,0,0"}, {"split": "0,0,1"}, "--split"),
-    ("split_is_sane", {"split": ""}, {"split": "969, 30, 1"}, "--split ''"),
+    ("split_is_sane", {"split": ""}, {"split": "1,,1"}, "--split ''"),
     (
         "tokenizer_files",
         {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": "v"},
@@ -156,8 +157,11 @@ CASES = [
         {"micro_batch_size": 4, "global_batch_size": 8},
         "--micro-batch-size 3 does not divide --global-batch-size 8",
     ),
-    ("rampup_numbers", {"rampup_batch_size": (2, 2)}, RAMP, "three whole numbers"),
-    ("rampup_numbers", {"rampup_batch_size": (2, 0, 9)}, RAMP, "the increment (above 0)"),
+    ("rampup_numbers", {"rampup_batch_size": (2, 2)}, RAMP, "three whole numbers, each above 0"),
+    ("rampup_numbers", {"rampup_batch_size": (2, 0, 9)}, RAMP, "each above 0"),
+    ("rampup_numbers", {"rampup_batch_size": (4, 2, 0)}, RAMP, "--rampup-batch-size 4 2 0: "),
+    ("seed_range", {"seed": 2**32}, {"seed": 2**32 - 1}, "--seed must lie in [0, 2**32), got 4294967296"),
+    ("seed_range", {"seed": -1}, {"seed": 0}, "got -1"),
     ("rampup_needs", {**RAMP, "train_samples": None}, RAMP, "needs --train-samples"),
     ("rampup_needs", {**RAMP, "global_batch_size": None}, RAMP, "needs --global-batch-size"),
     ("rampup_divides", {**RAMP, "rampup_batch_size": (2, 4, 9)}, RAMP, "4 does not lead from 2"),
@@ -260,6 +264,7 @@ def test_every_number_has_a_range_or_a_rule() -> None:
     own_rule = {"dropout_range": ("attention_dropout", "hidden_dropout"), "rotary_share": ("rotary_percent",)}
     own_rule |= {"moments_range": ("adam_beta1", "adam_beta2", "sgd_momentum")}
     own_rule |= {"warmup_share": ("lr_warmup_fraction",), "rampup_numbers": ("rampup_batch_size",)}
+    own_rule |= {"seed_range": ("seed",)}
     own_rule |= {"exits_in_range": ("exit_layer_nums",), "temperatures_positive": ("exit_layer_temperature",)}
     own_rule |= {"weights_not_negative": ("exit_layer_weight", "exit_layer_weight_init")}
     covered = {*AT_LEAST_ONE, *ABOVE_ZERO, *NOT_NEGATIVE, *(name for names in own_rule.values() for name in names)}
@@ -269,6 +274,19 @@ def test_every_number_has_a_range_or_a_rule() -> None:
 
 def test_choices_of_a_config_made_in_python() -> None:
     assert any("'lion' is not one of adam, sgd" in fault for fault in broken(config_of({"optimizer": "lion"})))
+
+
+@pytest.mark.parametrize(
+    "flag", ["save", "load", "metrics_file", "tensorboard_dir", "data_cache_path", "vocab_file", "tokenizer_model"]
+)
+def test_paths_are_not_empty(flag: str) -> None:
+    (fault,) = broken(config_of({flag: ""}))
+    assert fault == f"--{flag.replace('_', '-')} is empty: give a path, or leave the flag out"
+
+
+def test_a_size_missing_from_the_checkpoint_is_not_sought_there_again() -> None:
+    (fault,) = broken(config_of({"seq_length": None, "load": "d", "use_checkpoint_args": True}))
+    assert fault == "--seq-length is missing: give it"
 
 
 def test_all_faults_at_once() -> None:

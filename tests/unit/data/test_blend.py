@@ -1,4 +1,4 @@
-"""Blending: what the flag may say, how a request is shared out, and samples that come in the weights' proportion."""
+"""Blending: how a request is shared out, and samples that come in the weights' proportion."""
 
 from pathlib import Path
 
@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.data.blend import BlendedDataset, normalised, parse_blend, requests
+from megatron.data.blend import BlendedDataset, normalised, requests
 from megatron.data.gpt import GPTDataset, SampleSpec
 from megatron.data.index_builder import numpy_blend
 from megatron.data.indexed import IndexedDataset
-from megatron.errors import ConfigError
 
 
 @pytest.fixture
@@ -23,30 +22,6 @@ def members(write_corpus) -> list[GPTDataset]:
         )
         for name, number, asked in (("a", 20, 31), ("b", 40, 71))
     ]
-
-
-def test_parse() -> None:
-    assert parse_blend(["p"], "--data-path") == (["p"], None)
-    assert parse_blend(["0.3", "p", "7e-1", "q"], "--data-path") == (["p", "q"], [0.3, 0.7])
-    assert parse_blend(["2", "p", "0", "q"], "--data-path") == (["p", "q"], [2.0, 0.0])
-
-
-@pytest.mark.parametrize(
-    ("entries", "message"),
-    [
-        ([], "0 entries"),
-        (["1", "p", "2"], "3 entries: give one prefix, or weight1 prefix1"),
-        (["p", "q"], "p stands where a weight should"),
-        (["-1", "p", "2", "q"], "weight -1 must be"),
-        (["nan", "p"], "weight nan must be"),
-        (["inf", "p", "1", "q"], "weight inf must be"),
-        (["0", "p", "0.0", "q"], "all weights are 0"),
-        (["1", "p"] * 32768, "32768 datasets; a blend holds at most 32767"),
-    ],
-)
-def test_what_is_no_blend(entries: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=f"--valid-data-path.*{message}"):
-        parse_blend(entries, "--valid-data-path")
 
 
 def test_requests() -> None:

@@ -246,6 +246,21 @@ def test_language_without_data(tmp_path: Path, language: str, message: str) -> N
         run(tmp_path, encode=EncodeSettings(NULL, split_sentences=True, language=language))
 
 
+def test_a_corpus_of_empty_documents_is_refused(tmp_path: Path) -> None:
+    paths = [write_lines(tmp_path / name, [{"text": ""}, {"text": []}]) for name in ("a.jsonl", "b.jsonl")]
+    with pytest.raises(DataError, match=r"a\.jsonl \(and 1 more\): all documents are empty \(read: 4, unreadable: 0\)"):
+        run(tmp_path, *paths, encode=EncodeSettings(NULL, append_eod=True))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path not in paths]
+
+
+@pytest.mark.parametrize(("prefix", "message"), [("", "is empty"), ("{there}", "is a directory: add a name")])
+def test_no_prefix(tmp_path: Path, prefix: str, message: str) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "1"}])
+    settings = PreprocessSettings((path,), prefix.format(there=tmp_path), EncodeSettings(NULL))
+    with pytest.raises(ConfigError, match=f"--output-prefix .*{message}"):
+        preprocess(settings, lambda result: None)
+
+
 def test_nltk_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nltk", None)
     with pytest.raises(ConfigError, match="needs the nltk library"):

@@ -1,5 +1,6 @@
 """The training loop through its command line: metrics, evaluation, stopping, and steps that go wrong."""
 
+import dataclasses
 import json
 import math
 import os
@@ -16,7 +17,9 @@ import torch
 from megatron.checkpoint.find import recognise
 from megatron.cli.pretrain import main
 from megatron.config.load import load
-from megatron.errors import NonFiniteError
+from megatron.config.model import ModelConfig
+from megatron.data.gpt import GPTDataset
+from megatron.errors import DataError, NonFiniteError
 from megatron.train import checkpoints
 from megatron.train.build import build_trainer
 from megatron.train.data import make_datasets, microbatches, step_batches
@@ -108,8 +111,9 @@ def test_non_finite_step_changes_nothing_and_is_named(runs: Runs) -> None:
     assert trainer.progress.skipped_steps == 1
 
 
-def test_stops_after_many_non_finite_steps(runs: Runs) -> None:
-    trainer = poisoned(runs, max_nonfinite_steps=3, metrics_file=runs.root / "m.jsonl")
+@pytest.mark.parametrize("precision", [{}, {"fp16": True}])
+def test_stops_after_many_non_finite_steps(runs: Runs, precision: dict[str, object]) -> None:
+    trainer = poisoned(runs, max_nonfinite_steps=3, metrics_file=runs.root / "m.jsonl", **precision)
     with torch.no_grad():
         trainer.model.embedding.word.weight.fill_(math.nan)
     with pytest.raises(NonFiniteError, match="3 steps in a row"):
@@ -119,33 +123,89 @@ def test_stops_after_many_non_finite_steps(runs: Runs) -> None:
     assert lines[0]["loss/final"] is None and lines[0]["grad_norm"] is None
 
 
+def test_names_the_last_checkpoint_known_to_be_good(runs: Runs, capfd) -> None:
+    """An absurd learning rate: the checkpoints whose weights give no finite loss don't count."""
+    save = runs.root / "save"
+    flags = {"lr": 1e30, "lr_warmup_iters": 5, "lr_decay_style": "constant", "clip_grad": 0, "min_lr": 0}
+    assert main(runs.flags(save=save, save_interval=1, max_nonfinite_steps=4, **flags)) == 3
+    error = capfd.readouterr().err
+    good = int(error.split("--load-iteration ")[1].split(".")[0])
+    evaluated = runs.train("e", load=save, load_iteration=good, skip_train=True, **flags)
+    assert evaluated[0]["eval/loss/final"] is not None
+    assert recognise(save).iteration <= good + 1
+
+
+def test_non_finite_gradients_are_named(runs: Runs) -> None:
+    trainer = poisoned(runs)
+    weight = trainer.model.layers["2"].mlp.up.weight
+    weight.register_hook(lambda grad: grad * math.inf)
+    report = train_step(trainer, step_batches(trainer, microbatches(trainer, make_datasets(trainer).train, 0)))
+    assert not report.applied
+    assert "layers.2.mlp.up.weight" in report.problem and "rank dp=0 pp=0 tp=0" in report.problem
+
+
 def test_skip_train_evaluates_a_checkpoint(runs: Runs) -> None:
+    """Weights alone are enough, and the numbers are those of the evaluation at the end of training."""
     save = runs.root / "save"
-    trained = runs.train("m", save=save)
-    lines = runs.train("e", load=save, skip_train=True, eval_iters=1, no_load_optim=True)
+    trained = runs.train("m", save=save, no_save_optim=True)
+    lines = runs.train("e", load=save, skip_train=True)
     assert not steps(lines)
-    after_training = [line for line in trained if "eval/loss/final" in line][-1]
-    # The same first validation batch: a resumed evaluation goes on where the last one stopped.
-    assert after_training["iteration"] == lines[0]["iteration"] == 20
-    assert lines[0]["eval/loss/final"] == pytest.approx(after_training["eval/loss/final"], rel=0.2)
+    at_the_end = next(line for line in trained if "eval/loss/final" in line)
+    numbers = {key: value for key, value in at_the_end.items() if key.startswith("eval/")}
+    assert lines[0]["iteration"] == 20
+    assert {key: lines[0][key] for key in numbers} == numbers
 
 
-def test_signal_saves_and_exits_0(runs: Runs) -> None:
+class Process:
+    """A run in a process group of its own, waited for by its metrics file."""
+
+    def __init__(self, runs: Runs, **changes: object) -> None:
+        self.metrics = runs.root / "process.jsonl"
+        argv = runs.flags(**({"train_iters": 100000, "metrics_file": self.metrics} | changes))
+        command = [sys.executable, str(ROOT / "pretrain_early_exit_gpt.py"), *argv]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait_for_lines(self, count: int) -> None:
+        deadline = time.monotonic() + 60
+        while not self.metrics.exists() or len(self.metrics.read_text().splitlines()) < count:
+            assert time.monotonic() < deadline and self.process.poll() is None
+            time.sleep(0.05)
+
+    def finish(self) -> tuple[int, str]:
+        out, _ = self.process.communicate(timeout=60)
+        return self.process.returncode, out
+
+
+def test_signal_to_the_whole_group_saves_and_exits_0(runs: Runs) -> None:
+    """As schedulers and torchrun send it: data loading processes get it, too."""
     save = runs.root / "save"
-    argv = runs.flags(save=save, train_iters=100000, metrics_file=runs.root / "m.jsonl")
-    process = subprocess.Popen([sys.executable, str(ROOT / "pretrain_early_exit_gpt.py"), *argv],
-                               env=os.environ | {"OMP_NUM_THREADS": "1"},
-                               stdout=subprocess.PIPE, text=True)  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not (runs.root / "m.jsonl").exists() or (runs.root / "m.jsonl").stat().st_size < 2000:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, out
+    run = Process(runs, save=save, num_workers=2)
+    run.wait_for_lines(5)
+    os.killpg(run.process.pid, signal.SIGTERM)
+    code, out = run.finish()
+    assert code == 0, out
     assert "SIGTERM received" in out
-    last = json.loads((runs.root / "m.jsonl").read_text().splitlines()[-1])["iteration"]
-    assert recognise(save).iteration == last
+    assert recognise(save).iteration == json.loads(run.metrics.read_text().splitlines()[-1])["iteration"]
+
+
+def test_signal_during_evaluation_saves_and_exits_0(runs: Runs) -> None:
+    save = runs.root / "save"
+    run = Process(runs, save=save, train_iters=6, lr_warmup_iters=1, eval_interval=3, eval_iters=2000)
+    run.wait_for_lines(3)
+    time.sleep(0.5)
+    run.process.send_signal(signal.SIGTERM)
+    code, out = run.finish()
+    assert code == 0, out
+    assert "evaluation given up" in out
+    assert recognise(save).iteration == 3
 
 
 def test_exit_duration(runs: Runs, capfd: pytest.CaptureFixture) -> None:
@@ -163,15 +223,73 @@ def test_tensorboard(runs: Runs) -> None:
     assert [point.step for point in events.Scalars("loss/exit_1")] == [5, 10, 15, 20]
 
 
-def test_training_data_that_end_are_an_error(runs: Runs, capfd: pytest.CaptureFixture) -> None:
-    """--train-samples fixes the order of magnitude; a resumed run that asks for more must say so."""
+def test_samples_that_are_no_multiple_of_the_batch_end_before_they_run_out(runs: Runs) -> None:
+    samples = {"train_iters": None, "lr_warmup_iters": None, "train_samples": 61}
+    lines = steps(runs.train("m", save=runs.root / "save", **samples))
+    assert lines[-1]["consumed_samples"] == 56
+    assert recognise(runs.root / "save").iteration == 7
+
+
+def test_data_that_break_mid_run_leave_a_checkpoint(runs: Runs, capfd, monkeypatch) -> None:
+    read = GPTDataset.__getitem__
+
+    def broken(self: GPTDataset, index: int):
+        if index == 30:
+            raise DataError("corpus.bin: document 7 is unreadable at byte 123")
+        return read(self, index)
+
+    monkeypatch.setattr(GPTDataset, "__getitem__", broken)
     save = runs.root / "save"
-    runs.train("m", save=save, train_iters=5)
-    trainer = build_trainer(load(runs.flags(train_iters=5)).config)
-    checkpoints.start(trainer)
-    stream = microbatches(trainer, make_datasets(trainer).train, 10**6)
-    with pytest.raises(Exception, match="training data ended after 0 samples"):
-        step_batches(trainer, stream)
+    assert main(runs.flags(save=save)) == 2
+    assert "byte 123" in capfd.readouterr().err
+    assert recognise(save).iteration == 3
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_save_that_cannot_be_written_is_found_before_the_first_step(runs: Runs, capfd, place: str) -> None:
+    (runs.root / "file").write_text("")
+    metrics = runs.root / "m.jsonl"
+    assert main(runs.flags(save=runs.root / place, metrics_file=metrics)) == 5
+    assert f"--save {runs.root / place}" in capfd.readouterr().err
+    assert not metrics.exists()
+
+
+def test_a_full_disk_under_the_metrics_file_does_not_end_the_run(runs: Runs, capfd) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    assert main(runs.flags(metrics_file="/dev/full")) == 0
+    assert "MetricsFile" in capfd.readouterr().out
+
+
+def test_each_start_has_its_number(runs: Runs) -> None:
+    assert {line["run"] for line in runs.train("m", train_iters=5)} == {0}
+    assert {line["run"] for line in runs.train("m", train_iters=5)} == {1}
+
+
+def test_other_flags_on_resume_are_said(runs: Runs, capfd) -> None:
+    save = runs.root / "save"
+    runs.train("m", save=save, exit_interval=2)
+    runs.train("n", load=save, seed=77, split="70,20,10", adam_beta2=0.9)
+    out = capfd.readouterr().out
+    assert "seed: 1234 -> 77" in out and "split: 80,10,10 -> 70,20,10" in out and "adam_beta2: 0.999 -> 0.9" in out
+
+
+def test_every_model_field_is_compared_on_load() -> None:
+    """A field that changes what the model computes must not load silently different."""
+    by_shape = {"hidden_size", "num_query_groups", "group_query_attention", "ffn_hidden_size", "kv_channels",
+                "max_position_embeddings", "padded_vocab_size", "make_vocab_size_divisible_by", "add_bias_linear",
+                "add_qkv_bias", "qk_layernorm", "untie_embeddings_and_output_weights"}  # fmt: skip
+    by_activation = {"openai_gelu", "squared_relu", "swiglu", "geglu", "bias_gelu_fusion"}
+    training_only = {
+        "seq_length",
+        "attention_dropout",
+        "hidden_dropout",
+        "init_method_std",
+        "init_method_xavier_uniform",
+    }
+    compared = {name for group, name in checkpoints._MEANING if group == "model"}
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert fields - by_shape - by_activation - training_only <= compared
 
 
 @pytest.mark.parametrize(
@@ -198,7 +316,7 @@ def test_bad_input_is_one_clear_error_before_any_file(runs: Runs, capfd, changes
     error = capfd.readouterr().err
     assert error.startswith("error: ") and message in error
     assert "Traceback" not in error
-    assert not save.exists()
+    assert not save.exists() or not list(save.iterdir())
 
 
 def test_several_processes_are_refused(runs: Runs, capfd, monkeypatch) -> None:

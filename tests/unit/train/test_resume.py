@@ -52,6 +52,13 @@ VARIANTS = {
         "optimizer": "sgd", "train_iters": None, "train_samples": 120, "rampup_batch_size": "4 2 60",
     },
     "bf16": {"bf16": True},
+    "fp16_with_skipped_steps": {"fp16": True, "initial_loss_scale": 2.0**24, "hysteresis": 1},
+    "documents_apart": {
+        "reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True,
+        "calculate_per_token_loss": True, "lr_decay_style": "inverse-square-root",
+        "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2,
+        "weight_decay_incr_style": "linear", "start_weight_decay": 0.01, "end_weight_decay": 0.1,
+    },
 }  # fmt: skip
 
 
@@ -72,7 +79,7 @@ def check_resume(runs: Runs, name: str, k: int) -> None:
 @pytest.mark.parametrize(
     ("name", "k"),
     [("gpt", 1), ("gpt", 13), ("ramped_blend", 7), ("ramped_blend", 19), ("llama_cyclic", 7), ("sgd_rampup", 7),
-     ("bf16", 13)],
+     ("bf16", 13), ("fp16_with_skipped_steps", 7), ("documents_apart", 13)],
 )  # fmt: skip
 def test_resume_is_exact(runs: Runs, name: str, k: int) -> None:
     check_resume(runs, name, k)
