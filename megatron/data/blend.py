@@ -1,6 +1,6 @@
 """Weighted mixtures of datasets: sharing out a request, and the blended order.
 
-How the flags spell a mixture is config/mixture.py's, offered here too.
+How the flags spell a mixture is config/mixture.py's.
 """
 
 import functools
@@ -10,12 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron.config.mixture import parse_blend
 from megatron.data.gpt import GPTDataset
 from megatron.data.index_builder import build_blend
 from megatron.data.index_cache import Arrays, CachedArrays, IndexRecipe, load_or_build
-
-__all__ = ["BlendedDataset", "normalised", "parse_blend", "requests"]
 
 OVERDRAW = 1.005  # each dataset is asked for half a percent more than its share
 

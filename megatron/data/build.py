@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from megatron.config.data import DataConfig
-from megatron.data.blend import BlendedDataset, normalised, parse_blend, requests
+from megatron.config.mixture import parse_blend
+from megatron.data.blend import BlendedDataset, normalised, requests
 from megatron.data.gpt import GPTDataset, SampleSpec
 from megatron.data.indexed import IndexedDataset
 from megatron.data.splits import SPLIT_NAMES, split_documents

@@ -8,6 +8,7 @@ from megatron.checkpoint import megatron_legacy, native
 from megatron.checkpoint.find import NATIVE, Found, recognise
 from megatron.checkpoint.state import MODEL, OPTIMIZER, copy_into
 from megatron.checkpoint.stored_run import stored_config
+from megatron.checkpoint.typed import text
 from megatron.config.data import TokenizerConfig
 from megatron.config.parallel import ParallelConfig
 from megatron.config.run import RunConfig
@@ -72,7 +73,7 @@ def _load_weights(found: Found, model: GPT, tokenizer: Tokenizer) -> None:
         state = megatron_legacy.read(found.directory, tokenizer.vocab_size, with_optimizer=False)
         copy_into(state.tensors, targets, str(found.directory), convert=True)
         return
-    if native.read_facts(found.directory)["tokenizer"] != tokenizer.fingerprint:
+    if text(native.read_facts(found.directory), "tokenizer", str(found.directory)) != tokenizer.fingerprint:
         raise CheckpointError(
             f"{found.directory} was trained with another tokenizer: leave out the tokenizer's flags to use its own"
         )
