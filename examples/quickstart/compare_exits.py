@@ -21,9 +21,9 @@ from tqdm import tqdm
 # the package of this checkout, wherever the script is called from and whatever else is installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron.files import atomic_write
 from megatron.errors import DataError, EELLMError
 from megatron.exits.spec import FINAL
+from megatron.files import atomic_write
 from megatron.inference.build import load_model
 from megatron.inference.engine import Engine
 from megatron.inference.measure import Comparison, as_table, compare_thresholds

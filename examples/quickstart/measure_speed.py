@@ -21,8 +21,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.cli.pretrain import resolve_config
-from megatron.files import atomic_write
 from megatron.errors import EELLMError
+from megatron.files import atomic_write
 from megatron.train import checkpoints
 from megatron.train.build import build_trainer
 from megatron.train.data import make_datasets, microbatches, step_batches

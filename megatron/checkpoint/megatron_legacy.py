@@ -54,6 +54,7 @@ class Ranks:
 
     @property
     def version(self) -> float:
+        """Version of the format, which says how QKV rows are ordered; 0 where the file names none."""
         state = self.states[0, 0]
         return float(number(state, "checkpoint_version", str(self.directory))) if "checkpoint_version" in state else 0.0
 
