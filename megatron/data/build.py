@@ -108,7 +108,7 @@ class _Builder:
         else:
             documents = split_documents(self.split, len(reader))[SPLIT_NAMES.index(name)]
         if not documents:
-            where = "" if self.split is None else f" to --split {self.split}"
+            where = "" if self.split is None else f" of --split {self.split}"
             message = f"{reader.prefix}: none of its {len(reader)} documents belongs to the {name} split{where}"
             if name == "train":
                 raise DataError(f"{message}; give it a larger share, or more data")

@@ -58,7 +58,7 @@ def test_amounts(collected: dict[str, list[dict]]) -> None:
     assert 2e6 <= sum(size.values()) < 3e6
     assert size["train_prose"] > 0.2 * size["train_code"], "the language reference comes first"
     held_out = (size["heldout_prose"] + size["heldout_code"]) / sum(size.values())
-    assert 0.01 < held_out < 0.2
+    assert 0.01 < held_out < 0.25, "files are dealt by hash, and each Python version has other files"
 
 
 def test_the_standard_library_has_ten_megabytes() -> None:
