@@ -63,7 +63,7 @@ def test_blend_member_without_documents(write_corpus, messages: list[str]) -> No
 
 def test_training_split_without_documents(write_corpus) -> None:
     prefix = write_corpus([20] * 3)
-    with pytest.raises(DataError, match=r"none of its 3 documents belongs to the train split to --split 0,1;"):
+    with pytest.raises(DataError, match=r"none of its 3 documents belongs to the train split of --split 0,1;"):
         build_datasets(DataConfig(data_path=(prefix,), split="0,1"), (50, 0, 0), 16, 1)
 
 
