@@ -12,6 +12,20 @@ import torch
 from megatron.errors import ConfigError
 
 
+def peak_resident_bytes() -> int:
+    """Most memory this process has held resident.
+
+    From /proc where there is one: Linux hands `ru_maxrss` down to children, so it may be the parent's peak.
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            kilobytes = next(line.split()[1] for line in status if line.startswith("VmHWM:"))
+        return int(kilobytes) * 1024
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
 @dataclass(frozen=True)
 class Backend:
     """A device and the process-group backend that goes with it."""
@@ -45,8 +59,7 @@ class Backend:
         """Most memory used so far: allocated on the GPU, or resident in this process on CPU."""
         if self.is_cuda:
             return torch.cuda.max_memory_allocated(self.device)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return peak_resident_bytes()
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Vendor's dense peak in FLOP/s for matrix products in `dtype`, or None where it isn't known."""

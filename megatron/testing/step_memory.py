@@ -4,7 +4,6 @@ The JSON holds the exit layers and sizes; the answer is one JSON line on standar
 """
 
 import json
-import resource
 import sys
 import threading
 
@@ -16,21 +15,16 @@ from megatron.exits.loss import Objective
 from megatron.exits.spec import FINAL
 from megatron.model.stage import Stage
 from megatron.optim.optimizer import TrainingOptimizer
+from megatron.parallel.backend import peak_resident_bytes
 from megatron.schedule.execute import run
 from megatron.schedule.generate import one_f_one_b
 from megatron.testing.tiny import build_gpt, random_batch
 
 
-def peak_bytes() -> int:
-    """Most memory this process has held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def measure(exits: list[int], sizes: dict[str, int], steps: int = 2) -> dict[str, int]:
     """Train a few steps; returns peak memory above that of the empty process, and the state's own bytes."""
     torch.set_num_threads(1)
-    empty = peak_bytes()
+    empty = peak_resident_bytes()
     vocab, batch, length = sizes.pop("vocab"), sizes.pop("batch"), sizes["seq_length"]
     config = ModelConfig(attention_dropout=0.0, hidden_dropout=0.0, **sizes)
     exit_config = ExitConfig(exit_layer_nums=tuple(exits), exit_norm="own" if exits else "none")
@@ -45,7 +39,7 @@ def measure(exits: list[int], sizes: dict[str, int], steps: int = 2) -> dict[str
         run(one_f_one_b(1, 1)[0], stage, [data], [None], goal)
         optimizer.step(1e-3, 0.0, 1.0, True)
     parameters = sum(p.numel() for p in model.parameters())
-    return {"peak": peak_bytes() - empty, "state": parameters * 4 * 4, "threads": threading.active_count()}
+    return {"peak": peak_resident_bytes() - empty, "state": parameters * 4 * 4, "threads": threading.active_count()}
 
 
 if __name__ == "__main__":
