@@ -14,7 +14,7 @@ HEAD_WIDTH = 32
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is made of. `iterations`, `threads` and `bf16` are filled in once the speed is measured."""
+    """What a run is made of. The last four are filled in once the speed is measured."""
 
     minutes: float
     megabytes: float
@@ -30,6 +30,7 @@ class Plan:
     eval_batches: int = 24
     prompts: int = 12
     iterations: int = 0
+    tokens_per_s: float = 0.0
     threads: int = 0
     bf16: bool = False
 
@@ -117,14 +118,14 @@ def choose(minutes: float | None, quick: bool, gpu: bool) -> Plan:
     return replace(LONG if minutes >= LONG_FROM_MINUTES else SMALL, minutes=minutes)
 
 
-def grow(plan: Plan, tokens_per_s: float) -> Plan:
-    """The widest model that still sees enough text in its time, judged from the speed of `plan` itself."""
+def grow(plan: Plan) -> Plan:
+    """The widest model that still sees enough text in its time, judged from the measured speed of `plan`."""
     if not plan.may_grow:
         return plan
 
     def sees_enough(width: int) -> bool:
         wider = replace(plan, hidden_size=width)
-        tokens = 60 * plan.minutes * tokens_per_s * plan.flops_per_token / wider.flops_per_token
+        tokens = 60 * plan.minutes * plan.tokens_per_s * plan.flops_per_token / wider.flops_per_token
         return tokens >= max(LEAST_TOKENS, TOKENS_PER_PARAMETER * wider.parameters)
 
     width = max(filter(sees_enough, WIDTHS), default=plan.hidden_size)
@@ -132,14 +133,14 @@ def grow(plan: Plan, tokens_per_s: float) -> Plan:
     return replace(plan, hidden_size=width, lr=plan.lr * (plan.hidden_size / width) ** 0.5)
 
 
-def fit(plan: Plan, tokens_per_s: float, corpus_tokens: int) -> int:
-    """Iterations for the plan's minutes at the measured speed, as a multiple of the number of evaluations.
+def iterations(plan: Plan, minutes: float, corpus_tokens: int) -> int:
+    """How many fit into `minutes` at the measured speed, as a multiple of the number of evaluations.
 
     A fast machine ends sooner: more than `max_passes` over the text would be learnt by heart.
     """
     # Evaluation reads without learning, at about three times the speed; the rest is starting and saving.
-    reading = plan.evaluations * plan.eval_batches * plan.tokens_per_iteration / (3 * tokens_per_s)
-    seconds = max(0.5 * plan.minutes * 60, 0.97 * plan.minutes * 60 - reading)
-    tokens = min(seconds * tokens_per_s, plan.max_passes * corpus_tokens)
+    reading = plan.evaluations * plan.eval_batches * plan.tokens_per_iteration / (3 * plan.tokens_per_s)
+    seconds = max(0.5 * minutes * 60, 0.97 * minutes * 60 - reading)
+    tokens = min(seconds * plan.tokens_per_s, plan.max_passes * corpus_tokens)
     rounds = max(5, int(tokens / plan.tokens_per_iteration / plan.evaluations))
     return rounds * plan.evaluations

@@ -1,7 +1,9 @@
 """Which device a run gets, and what it can be asked; GPUs are imitated, so that this runs anywhere."""
 
 import resource
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from megatron.errors import ConfigError
 from megatron.parallel.backend import Backend
 
+ROOT = Path(__file__).resolve().parents[3]
 CPU = Backend(torch.device("cpu"), "gloo")
 GPU = Backend(torch.device("cuda"), "nccl")
 
@@ -87,3 +90,12 @@ def test_a_gpu_tells_its_figures():
     GPU.synchronize()
     assert GPU.peak_memory_bytes() >= held.nbytes
     assert GPU.name()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_peak_memory_is_not_the_parents():
+    """Linux hands ru_maxrss down to children; a large parent must not hide a small child's own peak."""
+    large = bytearray(800_000_000)
+    command = "from megatron.parallel.backend import peak_resident_bytes as peak; print(peak())"
+    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 10e6 < int(done.stdout) < len(large)
