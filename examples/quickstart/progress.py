@@ -12,7 +12,7 @@ from tqdm import tqdm
 SETTLED = 20.0  # seconds of training, before its speed is judged
 REPORTS = 10  # in a run, where there is no terminal to draw a bar on
 AVERAGED = 50  # steps
-KEPT = 1000  # steps
+KEPT = 4000  # steps
 
 
 def say(text: str = "") -> None:

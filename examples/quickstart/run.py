@@ -235,7 +235,7 @@ class Quickstart:
 
     def _compare(self) -> None:
         text = [self._text("heldout", kind) for kind in KINDS]
-        wanted = ("--prompts", self.plan.prompts, "--repeats", 1 if self.quick else 3)
+        wanted = ("--prompts", self.plan.prompts, "--repeats", 1 if self.quick else 2)
         self._call(
             "compare", "examples/quickstart/compare_exits.py", "--load", self.checkpoints, "--text", *text,
             "--output", self.directory, *wanted, shown=True,

@@ -7,7 +7,7 @@ sees little, and is sooner worth its depth.
 from dataclasses import dataclass, replace
 
 LEAST_TOKENS = 2_500_000  # below, texts are not worth reading, however small the model
-TOKENS_PER_PARAMETER = 3
+TOKENS_PER_PARAMETER = 2.5
 WIDTHS = (64, 96, 128, 192, 256, 384)  # to choose from where the first is trained faster than need be
 HEAD_WIDTH = 32
 
@@ -28,7 +28,7 @@ class Plan:
     max_passes: float = 6.0
     evaluations: int = 8
     eval_batches: int = 24
-    prompts: int = 12
+    prompts: int = 10
     iterations: int = 0
     tokens_per_s: float = 0.0
     threads: int = 0
