@@ -31,7 +31,7 @@ from megatron.inference.policy import ConfidencePolicy
 from megatron.inference.request import Result, SamplingParams
 from megatron.inference.text import TextStream
 
-THRESHOLDS = (0.9, 0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15)
+THRESHOLDS = (0.8, 0.6, 0.4, 0.3, 0.2, 0.15, 0.1)
 PROMPT_TOKENS, NEW_TOKENS = 24, 48
 SAMPLE_PROMPTS = ("Return a list of", "This module provides", "If the file", "The default value is", "def read(self, ")
 SAMPLE_TOKENS, TEMPERATURE = 64, 0.8

@@ -9,10 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-SETTLED = 20.0  # seconds of training, before its speed is judged
 REPORTS = 10  # in a run, where there is no terminal to draw a bar on
 AVERAGED = 50  # steps
-KEPT = 4000  # steps
 
 
 def say(text: str = "") -> None:
@@ -33,7 +31,7 @@ class TrainingProgress:
     def __init__(self, metrics: Path, iterations: int, tokens_per_iteration: int) -> None:
         self._path, self._iterations, self._tokens = metrics, iterations, tokens_per_iteration
         self._offset = metrics.stat().st_size if metrics.exists() else 0
-        self._recent: deque[dict[str, Any]] = deque(maxlen=KEPT)
+        self._recent: deque[dict[str, Any]] = deque(maxlen=AVERAGED)
         self._started = time.monotonic()
         self._first: int | None = None
         self._reported = 0
@@ -62,26 +60,10 @@ class TrainingProgress:
 
     def line(self) -> str:
         """How far training is, in words."""
-        latest = self._latest()
-        speed = self._tokens * len(latest) / sum(row["step_time_s"] for row in latest)
+        speed = self._tokens * len(self._recent) / sum(row["step_time_s"] for row in self._recent)
         done = self.iteration * self._tokens
         share = f"{self.iteration / self._iterations:4.0%}"
         return f"{share}  {done / 1e6:.2f}M tokens, {speed:,.0f} a second; {self._losses()}"
-
-    def is_slower_than(self, tokens_per_s: float) -> bool:
-        """Whether the latest seconds of training went at less than this speed."""
-        steps, seconds = 0, 0.0
-        for row in reversed(self._recent):
-            if seconds >= SETTLED:
-                break
-            steps, seconds = steps + 1, seconds + row["step_time_s"]
-        return seconds >= SETTLED and steps * self._tokens < tokens_per_s * seconds
-
-    def trained_seconds(self) -> float:
-        """What all steps of the metrics file took, those of earlier starts included."""
-        with open(self._path, encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file if line.endswith("}\n")]
-        return sum(row.get("step_time_s", 0.0) for row in rows)
 
     def close(self) -> None:
         """Remove the bar; say where training ended."""
@@ -89,14 +71,11 @@ class TrainingProgress:
         if self._recent and not self._bar.disable:
             say(f"   {self.line()}")
 
-    def _latest(self) -> list[dict[str, Any]]:
-        return list(self._recent)[-AVERAGED:]
-
     def _losses(self) -> str:
         names = sorted((name for name in self._recent[-1] if name.startswith("loss/exit_")), key=lambda n: int(n[10:]))
         parts = []
         for name in [*names, "loss/final"]:
-            values = [row[name] for row in self._latest() if row.get(name) is not None]
+            values = [row[name] for row in self._recent if row.get(name) is not None]
             title = "full" if name == "loss/final" else name[5:].replace("_", " ")
             parts.append(f"{title} {sum(values) / max(1, len(values)):.2f}")
         return "loss: " + ", ".join(parts)

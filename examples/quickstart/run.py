@@ -29,8 +29,7 @@ from megatron.files import atomic_write
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("prose", "code")
 MIX = (0.5, 0.5)  # of the tokens trained on; of the text, prose is but a fifth
-SLOW = 0.5  # of the measured speed: training is planned anew
-MOST_PLANS = 3
+MOST_TIME = 1.6  # training stops, with a checkpoint, after this many times the minutes asked for
 PATIENCE = 120  # seconds for a step to save its work when it is asked to stop
 
 
@@ -65,12 +64,12 @@ class Wish:
 
 @dataclass(frozen=True)
 class Step:
-    """`seconds`: what it takes on two cores. `again`: done anew each time."""
+    """`seconds`: what it takes on two cores. `again`: done anew each time. The action returns False if unfinished."""
 
     name: str
     title: str
     seconds: float
-    action: Callable[[], None]
+    action: Callable[[], bool | None]
     again: bool = False
 
 
@@ -95,10 +94,11 @@ class Quickstart:
                 continue
             say(f"\n[{number}/{len(steps)}] {step.title}: about {clock(step.seconds)}, {clock(left)} left in all")
             started = time.monotonic()
-            step.action()
+            finished = step.action()
             left -= step.seconds
-            self.done[step.name] = round(time.monotonic() - started, 1)
-            self._write("steps.json", self.done)
+            if finished is not False:
+                self.done[step.name] = round(time.monotonic() - started, 1)
+                self._write("steps.json", self.done)
         self._say_what_next()
 
     def _steps(self) -> list[Step]:
@@ -144,71 +144,43 @@ class Quickstart:
 
     def _measure_speed(self) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._measure(*sorted({cores, max(1, cores // 2)}, reverse=True))
-        grown = sizes.grow(self.plan)
-        if grown != self.plan:
-            say(f"   that leaves time for a wider model: {grown.hidden_size} instead of {self.plan.hidden_size}")
-            self.plan = grown
-            self._measure(self.plan.threads)
-        self._set_iterations(0, self.plan.minutes)
-
-    def _measure(self, *threads: int) -> None:
-        """Measure the plan's model, with the best of these numbers of threads."""
-        tries = ("--threads", *threads, "--seconds", 1.5 if self.quick else 3)
-        flags = replace(self.plan, iterations=1000, bf16=False).training_flags() + self._data_flags()
-        script, found = "examples/quickstart/measure_speed.py", self.directory / "speed.json"
-        output = self._call("speed", script, "--output", found, *tries, "--", *flags)
-        say(f"   {output.splitlines()[-1]}")
-        self.plan = replace(self.plan, **self._read("speed.json"))
-
-    def _set_iterations(self, done: int, minutes: float) -> None:
-        """Plan what fits into `minutes`, after what is done."""
-        corpus = sum(count for name, count in self._read("tokens.json").items() if name.startswith("train"))
-        self.plan = replace(self.plan, iterations=done + sizes.iterations(self.plan, minutes, corpus))
+        found = self.directory / "speed.json"
+        seconds = "1.5" if self.quick else "3"
+        tries = ("--threads", *sorted({cores, max(1, cores // 2)}, reverse=True), "--seconds", seconds)
+        flags = replace(self.plan, iterations=1000).training_flags() + self._data_flags()
+        output = self._call(
+            "speed", "examples/quickstart/measure_speed.py", "--output", found, *tries, "--", *flags
+        )  # fmt: skip
+        speed = self._read("speed.json")
+        plan = replace(self.plan, threads=speed["threads"], bf16=speed["bf16"])
+        corpus = sum(n for name, n in self._read("tokens.json").items() if name.startswith("train"))
+        self.plan = replace(plan, iterations=sizes.fit(plan, speed["tokens_per_s"], corpus))
         self._write("plan.json", asdict(self.plan))
-        plan = self.plan
-        say(
-            f"   {plan.num_layers} layers of width {plan.hidden_size}, {plan.parameters / 1e6:.1f}M parameters; "
-            f"{plan.iterations:,} steps of {plan.tokens_per_iteration:,} tokens, "
-            f"{plan.iterations * plan.tokens_per_iteration / 1e6:.1f}M in all"
-        )
+        tokens = self.plan.iterations * self.plan.tokens_per_iteration
+        say(f"   {output.splitlines()[-1]}: {self.plan.iterations:,} steps, {tokens / 1e6:.1f}M tokens")
 
-    def _train(self) -> None:
-        for _ in range(MOST_PLANS):
-            progress = self._train_once()
-            if progress is None:
-                return
-            say("   This machine became much slower; measuring again, to end in time.")
-            self._measure(*sorted({self.plan.threads, max(1, self.plan.threads // 2)}, reverse=True))
-            spent = progress.trained_seconds() / 60
-            self._set_iterations(progress.iteration, max(0.1 * self.plan.minutes, self.plan.minutes - spent))
-        self._train_once(patient=True)
-
-    def _train_once(self, patient: bool = False) -> TrainingProgress | None:
-        """Train to the end of the plan: None. Or until far behind it, unless `patient`: how far it came."""
+    def _train(self) -> bool:
         plan = self.plan
         interval = plan.iterations // plan.evaluations
         flags = [
             *plan.training_flags(), *self._data_flags(), "--valid-data-path", *self._blend("heldout"),
             "--eval-interval", interval, "--eval-iters", plan.eval_batches,
             "--save", self.checkpoints, "--load", self.checkpoints, "--save-interval", interval,
-            "--override-opt_param-scheduler",  # where the plan was made anew
             "--metrics-file", self.metrics, "--log-interval", max(1, interval // 4),
+            "--exit-duration-in-mins", f"{MOST_TIME * plan.minutes:g}",
         ]  # fmt: skip
         progress = TrainingProgress(self.metrics, plan.iterations, plan.tokens_per_iteration)
-        least = 0.0 if patient or self.quick else SLOW * plan.tokens_per_s
-
-        def watch() -> bool:
-            progress.update()
-            return progress.is_slower_than(least)
-
-        output = self._call("train", "pretrain_early_exit_gpt.py", *flags, watch=watch)
+        output = self._call("train", "pretrain_early_exit_gpt.py", *flags, watch=progress.update)
         progress.close()
         if "run ended: finished" in output:
-            return None
-        if not progress.is_slower_than(least):
+            return True
+        if "is over" not in output:
             raise QuickstartError(f"training was stopped from outside. {AGAIN}")
-        return progress
+        say(
+            f"   This machine became slower than it was when it was measured: {progress.iteration:,} of "
+            f"{plan.iterations:,} steps are done. What follows is of that state. {AGAIN}"
+        )
+        return False
 
     def _evaluate(self) -> None:
         record = self.directory / "evaluation.jsonl"
@@ -235,7 +207,7 @@ class Quickstart:
 
     def _compare(self) -> None:
         text = [self._text("heldout", kind) for kind in KINDS]
-        wanted = ("--prompts", self.plan.prompts, "--repeats", 1 if self.quick else 2)
+        wanted = ("--prompts", self.plan.prompts, "--repeats", 1 if self.quick else 3)
         self._call(
             "compare", "examples/quickstart/compare_exits.py", "--load", self.checkpoints, "--text", *text,
             "--output", self.directory, *wanted, shown=True,
@@ -284,7 +256,7 @@ class Quickstart:
     # running commands
 
     def _call(
-        self, name: str, script: str, *words: object, watch: Callable[[], object] | None = None, shown: bool = False
+        self, name: str, script: str, *words: object, watch: Callable[[], None] | None = None, shown: bool = False
     ) -> str:
         """Run a script of this repository to its end; returns what it wrote, which logs/NAME.log keeps.
 
@@ -316,9 +288,8 @@ class Quickstart:
         env = dict(os.environ)
         if self.plan.threads:
             env.setdefault("OMP_NUM_THREADS", str(self.plan.threads))
-        # How long a thread spins before it sleeps, about 0.1 ms here: not at all costs a third of the speed, and the
-        # default makes each step several times slower while the cores have other work.
-        env.setdefault("GOMP_SPINCOUNT", "5000")
+        # Threads that wait must sleep: where the cores have other work, spinning ones slow training several times.
+        env.setdefault("OMP_WAIT_POLICY", "passive")
         return env
 
     def _note(self, argv: list[str]) -> None:
@@ -371,21 +342,20 @@ class Quickstart:
 AGAIN = "Run the same command again to go on."
 
 
-def _wait(child: subprocess.Popen, watch: Callable[[], object] | None) -> None:
-    """Wait for the child's end, looking twice a second; ask it to end once `watch` returns something true.
-
-    Stopped from outside, let it save its work first.
-    """
-    asked = False
+def _wait(child: subprocess.Popen, watch: Callable[[], None] | None) -> None:
+    """Wait for the child's end, looking twice a second; stopped from outside, let it save its work first."""
     try:
-        while child.poll() is None:
-            time.sleep(0.5 if watch is not None else 0.05)
-            if watch is not None and watch() and not asked:
-                asked = True
-                child.terminate()
+        while True:
+            try:
+                child.wait(0.5)
+                break
+            except subprocess.TimeoutExpired:
+                if watch is not None:
+                    watch()
+        if watch is not None:
+            watch()
     except KeyboardInterrupt:
-        if not asked:
-            child.terminate()
+        child.terminate()
         try:
             child.wait(PATIENCE)
         except subprocess.TimeoutExpired:

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import collect_text
@@ -19,9 +18,6 @@ from progress import TrainingProgress, clock
 from megatron.config.load import load
 from megatron.inference.measure import Comparison
 from megatron.inference.request import Result, Token
-from megatron.model.build import build_model
-from megatron.parallel.backend import Backend
-from megatron.parallel.mesh import Mesh
 
 ROOT = Path(__file__).resolve().parents[3]
 HERE = ROOT / "examples" / "quickstart"
@@ -37,11 +33,11 @@ def collect(directory: Path, megabytes: float) -> dict[str, list[dict]]:
 
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
-    return collect(tmp_path_factory.mktemp("text") / "first", 1)
+    return collect(tmp_path_factory.mktemp("text") / "first", 2)
 
 
 def test_collecting_twice_gives_the_same(collected: dict[str, list[dict]], tmp_path: Path) -> None:
-    assert collect(tmp_path / "second", 1) == collected
+    assert collect(tmp_path / "second", 2) == collected
 
 
 def test_held_out_files_are_never_trained_on(collected: dict[str, list[dict]]) -> None:
@@ -59,10 +55,10 @@ def test_held_out_files_are_never_trained_on(collected: dict[str, list[dict]]) -
 
 def test_amounts(collected: dict[str, list[dict]]) -> None:
     size = {name: sum(len(record["text"]) for record in records) for name, records in collected.items()}
-    assert 1e6 <= sum(size.values()) < 2e6
+    assert 2e6 <= sum(size.values()) < 3e6
     assert size["train_prose"] > 0.2 * size["train_code"], "the language reference comes first"
     held_out = (size["heldout_prose"] + size["heldout_code"]) / sum(size.values())
-    assert 0.01 < held_out < 0.4, "files are dealt by hash; of a little text, large ones can be a large share"
+    assert 0.01 < held_out < 0.25, "files are dealt by hash, and each Python version has other files"
 
 
 def test_the_standard_library_has_ten_megabytes() -> None:
@@ -123,48 +119,33 @@ def test_collecting_writes_whole_or_not_at_all(tmp_path: Path) -> None:
 # deciding
 
 
-def plan_of(minutes: float | None = None, quick: bool = False, gpu: bool = False, speed: float = 8000) -> sizes.Plan:
-    return replace(sizes.choose(minutes, quick, gpu), tokens_per_s=speed)
-
-
 @pytest.mark.parametrize(
     ("minutes", "quick", "gpu"), [(None, False, False), (60, False, False), (None, True, False), (5, False, True)]
 )
 def test_plans_are_flags_that_the_program_takes(minutes: float | None, quick: bool, gpu: bool) -> None:
-    plan = sizes.grow(plan_of(minutes, quick, gpu))
-    plan = replace(plan, iterations=sizes.iterations(plan, plan.minutes, 4_000_000))
-    config = load(plan.training_flags(), "test", None).config
-    assert config.exits.exit_layer_nums == plan.exit_layers
+    plan = sizes.choose(minutes, quick, gpu)
+    plan = sizes.replace(plan, iterations=sizes.fit(plan, 5000, 4_000_000))
+    loaded = load(plan.training_flags(), "test", None).config
+    assert loaded.exits.exit_layer_nums == plan.exit_layers
     assert [4 * n for n in plan.exit_layers] == [plan.num_layers, 2 * plan.num_layers]
     assert plan.iterations % plan.evaluations == 0 and plan.iterations > 0
-    assert config.learning_rate.lr_warmup_iters < plan.iterations
+    assert loaded.learning_rate.lr_warmup_iters < plan.iterations
 
 
-def test_counted_parameters_are_the_model_s() -> None:
-    plan = replace(plan_of(quick=True), iterations=10)
-    config = load(plan.training_flags(), "test", None).config
-    model = build_model(config, Mesh.build(config.parallel, Backend.choose("gloo")), plan.vocab_size)
-    assert sum(p.numel() for p in model.parameters() if p.dim() > 1) == plan.parameters
-
-
-def test_a_faster_machine_and_more_time_mean_a_wider_model() -> None:
-    widths = [sizes.grow(plan_of(speed=speed)).hidden_size for speed in (1000, 10_000, 40_000, 400_000)]
-    assert widths[0] == widths[1] == 64 < widths[2] < widths[3]
-    long = plan_of(minutes=60, speed=6000)
-    assert sizes.grow(long).hidden_size > 64
-    assert long.megabytes > plan_of().megabytes
-    assert sizes.grow(plan_of(quick=True, speed=10**6)).hidden_size == 64
-    assert sizes.choose(3, quick=False, gpu=False) == replace(sizes.SMALL, minutes=3)
+def test_longer_means_larger() -> None:
+    small, large = (sizes.choose(minutes, quick=False, gpu=False) for minutes in (None, 60))
+    assert large.num_layers * large.hidden_size > small.num_layers * small.hidden_size
+    assert large.megabytes > small.megabytes
+    assert sizes.choose(3, quick=False, gpu=False) == sizes.replace(small, minutes=3)
 
 
 def test_iterations_fit_the_time_and_the_text() -> None:
+    plan = sizes.choose(None, quick=False, gpu=False)
     for speed in (2000, 8000, 20_000):
-        plan = plan_of(speed=speed)
-        tokens = sizes.iterations(plan, 5, 10**9) * plan.tokens_per_iteration
-        assert 0.7 * 300 * speed < tokens <= 300 * speed
-    fast, slow = plan_of(speed=10**6), plan_of(speed=1)
-    assert sizes.iterations(fast, 5, 100_000) * fast.tokens_per_iteration <= fast.max_passes * 100_000
-    assert sizes.iterations(slow, 5, 10**9) > 0
+        tokens = sizes.fit(plan, speed, 10**9) * plan.tokens_per_iteration
+        assert 0.8 * 300 * speed < tokens <= 300 * speed
+    assert sizes.fit(plan, 10**6, 100_000) * plan.tokens_per_iteration <= plan.max_passes * 100_000
+    assert sizes.fit(plan, 1, 10**9) > 0
 
 
 @pytest.mark.parametrize(
@@ -234,26 +215,7 @@ def test_progress_is_read_from_a_growing_file(tmp_path: Path, capsys: pytest.Cap
     assert progress.iteration == 15
     assert progress.line() == " 75%  0.01M tokens, 2,000 a second; loss: exit 2 3.00, exit 10 2.50, full 2.00"
     assert capsys.readouterr().out.count("left") == 1
-    assert progress.trained_seconds() == 2.5
     assert (clock(59.6), clock(605), clock(-3)) == ("1:00", "10:05", "0:00")
-
-
-def test_slowness_is_judged_by_the_latest_twenty_seconds(tmp_path: Path) -> None:
-    metrics = tmp_path / "m.jsonl"
-    progress = TrainingProgress(metrics, 1000, 100)
-
-    def add(first: int, count: int, seconds: float) -> None:
-        with metrics.open("a") as file:
-            for i in range(first, first + count):
-                file.write(json.dumps({"iteration": i, "loss/final": 2.0, "step_time_s": seconds}) + "\n")
-        progress.update()
-
-    add(1, 19, 1.0)
-    assert not progress.is_slower_than(200), "too early to say"
-    add(20, 100, 0.1)
-    assert not progress.is_slower_than(100)
-    add(120, 30, 1.0)
-    assert progress.is_slower_than(150) and not progress.is_slower_than(100) and not progress.is_slower_than(0)
 
 
 def row(threshold: float | None, speed_up: float, agreement: float) -> Comparison:
