@@ -31,8 +31,8 @@ from megatron.inference.policy import ConfidencePolicy
 from megatron.inference.request import Result, SamplingParams
 from megatron.inference.text import TextStream
 
-THRESHOLDS = (0.8, 0.6, 0.4, 0.3, 0.2, 0.15, 0.1)
-PROMPT_TOKENS, NEW_TOKENS = 24, 48
+THRESHOLDS = (0.8, 0.6, 0.4, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1)
+PROMPT_TOKENS, NEW_TOKENS = 24, 96
 SAMPLE_PROMPTS = ("Return a list of", "This module provides", "If the file", "The default value is", "def read(self, ")
 SAMPLE_TOKENS, TEMPERATURE = 64, 0.8
 WANTED_SPEED_UP, WANTED_AGREEMENT, WANTED_DISTINCT = 1.3, 0.95, 0.5

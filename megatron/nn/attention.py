@@ -74,12 +74,14 @@ class SelfAttention(nn.Module):
         per_group = self.heads // self.kv_heads
         # Megatron's rows: per group its query heads, its key, its value.
         grouped = self.qkv(x).view(s, b, self.kv_heads, per_group + 2, self.head_dim)
-        turning, v = grouped[..., :-1, :], grouped[..., -1, :]
+        turning, v = grouped.split((per_group + 1, 1), dim=3)  # split's gradient is one concatenation
         if self.q_norm is not None and self.k_norm is not None:
-            turning = torch.cat((self.q_norm(turning[..., :-1, :]), self.k_norm(turning[..., -1:, :])), dim=3)
+            q, k = turning.split((per_group, 1), dim=3)
+            turning = torch.cat((self.q_norm(q), self.k_norm(k)), dim=3)
         if rope is not None:
             turning = apply_rotary(turning, rope)  # queries and keys in one pass
-        return turning[..., :-1, :].reshape(s, b, self.heads, self.head_dim), turning[..., -1, :], v
+        q, k = turning.split((per_group, 1), dim=3)
+        return q.reshape(s, b, self.heads, self.head_dim), k.squeeze(3), v.squeeze(3)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """[sq, b, heads, d] x [sk, b, kv heads, d] -> [sq, b, heads * d]."""

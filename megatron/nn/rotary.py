@@ -69,5 +69,6 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-direction)
     torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin, value=direction)
-    out[..., 2 * half :] = x[..., 2 * half :]
+    if x.shape[-1] > 2 * half:
+        out[..., 2 * half :] = x[..., 2 * half :]
     return out
