@@ -153,7 +153,7 @@ def _hints(
     differing = missing + extra + unfit
     theirs, ours = (_numbers(rf"^{MODEL}exits\.(\d+)\.", names) for names in (found, wanted))
     if theirs != ours:
-        mend = f"give --exit-layer-nums {_spaced(theirs)} or --use-checkpoint-args"
+        mend = f"give --exit-layer-nums {_spaced(theirs)}, or leave it out and give --use-checkpoint-args"
         mend = mend if theirs else "add exits with the checkpoint converter"
         hints.append(f"the checkpoint has exits {_spaced(theirs)}, the model {_spaced(ours)}: {mend}")
     theirs, ours = (_numbers(rf"^{MODEL}layers\.(\d+)\.", names) for names in (found, wanted))
@@ -166,7 +166,7 @@ def _hints(
     if any(name.startswith(OPTIMIZER) for name in differing):
         hints.append("--no-load-optim or --finetune takes the weights alone")
     if any(name.startswith(MODEL) for name in differing):
-        hints.append("--use-checkpoint-args takes the model's shape from the checkpoint")
+        hints.append("leave the model's flags out and give --use-checkpoint-args: its shape then comes from the checkpoint")
     return hints
 
 

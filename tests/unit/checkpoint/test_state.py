@@ -56,7 +56,7 @@ def one(*names):
         (
             one("model/exits.6.norm.weight", "model/exits.12.norm.weight"),
             one("model/exits.6.norm.weight"),
-            "has exits 6 12, the model 6: give --exit-layer-nums 6 12 or --use-checkpoint-args",
+            "has exits 6 12, the model 6: give --exit-layer-nums 6 12, or leave it out and give --use-checkpoint-args",
         ),
         (one("model/a"), one("model/a", "model/exits.6.norm.weight"), "has exits none, the model 6: add exits"),
         (one("model/layers.0.a", "model/layers.1.a"), one("model/layers.0.a"), "2 layers, the model 1: give --num-l"),
