@@ -166,7 +166,7 @@ def _hints(
     if any(name.startswith(OPTIMIZER) for name in differing):
         hints.append("--no-load-optim or --finetune takes the weights alone")
     if any(name.startswith(MODEL) for name in differing):
-        hints.append("leave the model's flags out and give --use-checkpoint-args: its shape then comes from the checkpoint")
+        hints.append("leave the model's flags out and give --use-checkpoint-args: the checkpoint has its shape")
     return hints
 
 
