@@ -1,12 +1,13 @@
 # EE-LLM in a container.
 #
-#   docker build -t ee-llm .                                       plain Python, torch for CPU
+#   docker build -t ee-llm .                                       plain Python; torch: see below
 #   docker build -t ee-llm --build-arg BASE=IMAGE .                on IMAGE; a torch in it (as in NVIDIA's PyTorch
 #                                                                  images) is reused and never replaced
 #   docker build -t ee-llm --build-arg EE_LLM_TORCH="torch==2.13.0" .    a torch of your choice, as words for pip
 #   docker run -it --rm -v "$PWD/runs:/ee-llm/quickstart-run" ee-llm bash examples/quickstart.sh
 #
-# Which torch: examples/setup_env.sh. A build sees no GPU, so a plain image gets torch's CPU build unless told otherwise.
+# Which torch: examples/setup_env.sh. A build sees no GPU, so a plain image gets torch's
+# CPU build if pip's indices offer one, else the default build with CUDA's libraries (a few GB).
 # The steps were tried outside of a container; the image itself has not been built where this was written.
 ARG BASE=python:3.12-slim
 FROM ${BASE}

@@ -13,6 +13,12 @@
 #   EE_LLM_PYTHON, EE_LLM_TORCH                   see examples/setup_env.sh
 set -euo pipefail
 
+case "${1:-}" in
+    "") ;;
+    -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    *) echo "error: unknown word $1; see bash examples/quickstart.sh --help" >&2; exit 2 ;;
+esac
+
 case "${RUN_DIR:-}" in
     "" | /*) ;;
     *) RUN_DIR="$PWD/$RUN_DIR" ;;

@@ -28,6 +28,7 @@ fail() { say "error: $*"; exit 1; }
 
 usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
+[ $# -le 1 ] || fail "one word at most; see bash examples/setup_env.sh --help"
 extras=run
 case "${1:-}" in
     "") ;;
@@ -99,6 +100,7 @@ lend_packages() {
 }
 
 make_venv() { # python, options of venv
+    [ -w . ] || fail "$PWD cannot be written to: clone EE-LLM into a directory of yours"
     local python=$1
     shift
     # without ensurepip (Debian splits it off) an environment that sees the system's packages still has their pip

@@ -34,10 +34,3 @@ def setup_logging(level: int = logging.INFO) -> None:
         handler = _Stdout()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
-
-
-def warn_once(logger: logging.Logger, message: str, seen: set[str]) -> None:
-    """Log `message` as a warning unless it is already in `seen` (owned by the caller: no global state)."""
-    if message not in seen:
-        seen.add(message)
-        logger.warning(message)

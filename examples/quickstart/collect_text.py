@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import sysconfig
 import tokenize
@@ -22,11 +23,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from types import FrameType
 
 from tqdm import tqdm
 
 KINDS = ("prose", "code")
 PARTS = ("train", "heldout")
+SUMMARY = "summary.json"
+FILES = {SUMMARY, *(f"{part}_{kind}.jsonl" for part in PARTS for kind in KINDS)}
 HELD_OUT_SHARE = 0.08
 TOPICS = "topics.py"  # the language reference: too large a share of all prose to be left out of training
 LIBRARIES = ("numpy", "torch", "setuptools", "pip")  # read only where the standard library is not enough
@@ -107,7 +111,7 @@ class Collection:
             os.fsync(file.fileno())
             file.close()
         about = {"python": sys.version.split()[0], "bytes": self.size, "files": self.files}
-        (self.directory / "summary.json").write_text(json.dumps(about, indent=2) + "\n")
+        (self.directory / SUMMARY).write_text(json.dumps(about, indent=2) + "\n")
 
 
 def find_sources(root: Path, skipped: set[str]) -> list[Source]:
@@ -183,12 +187,25 @@ def collect(directory: Path, target: int) -> Collection:
     return collection
 
 
+def _names(directory: Path) -> list[str]:
+    return [path.name for path in directory.iterdir()] if directory.is_dir() else []
+
+
+def _terminate(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)  # what was begun is cleaned up
+
+
 def main() -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="made whole or not at all")
     parser.add_argument("--megabytes", type=float, default=12, help="how much text to look for (default: 12)")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, _terminate)
+    foreign = sorted(name for name in _names(options.output) if name not in FILES)
+    if foreign:
+        sys.stderr.write(f"error: --output {options.output} would be replaced, but holds {foreign[0]}: name another\n")
+        return 2
     temporary = options.output.with_name(f"{options.output.name}.{os.getpid()}.tmp")
     try:
         collection = collect(temporary, int(options.megabytes * 1e6))

@@ -44,8 +44,11 @@ def beginnings(files: Sequence[Path], engine: Engine, count: int) -> list[list[i
     prompts = []
     for path in files:
         draw = random.Random(path.name)
-        with open(path, encoding="utf-8") as lines:
-            texts = [json.loads(line)["text"] for line in lines]
+        try:
+            with open(path, encoding="utf-8") as lines:
+                texts = [json.loads(line)["text"] for line in lines]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f'--text {path} is no file of lines {{"text": ...}}: {error}') from error
         found = list(_paragraph_ids(texts, engine, draw))
         prompts += draw.sample(found, min(count, len(found)))
     if not prompts:

@@ -280,8 +280,8 @@ class Quickstart:
             _wait(child, watch)
         output = log.read_text(encoding="utf-8").strip()
         if child.returncode != 0:
-            why = f"exit code {child.returncode}" if bar or not output else output.splitlines()[-1]
-            raise QuickstartError(f"{script}: {why.removeprefix('error: ')} (its output: {log})")
+            why = _why(child.returncode, "" if bar else output)
+            raise QuickstartError(f"{script}: {why} (its output: {log}). {AGAIN}")
         return output
 
     def _environment(self) -> dict[str, str]:
@@ -362,6 +362,14 @@ def _wait(child: subprocess.Popen, watch: Callable[[], None] | None) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
         raise
+
+
+def _why(code: int, output: str) -> str:
+    """What ended a child: the signal, or its last words."""
+    if code < 0:
+        memory = "; often the system ended it for want of memory" if -code == signal.SIGKILL else ""
+        return f"killed by {signal.Signals(-code).name}{memory}"
+    return output.splitlines()[-1].removeprefix("error: ") if output else f"exit code {code}"
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

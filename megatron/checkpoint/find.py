@@ -70,7 +70,7 @@ def recognise_if_any(root: Path, iteration: int | None = None) -> Found | None:
     """As `recognise`, but None where `root` holds no checkpoint at all and none was asked for by number."""
     if kind := format_of(root):
         return _itself(root, kind, iteration)
-    by_iteration = _iterations(root)
+    by_iteration = iterations(root)
     if iteration is not None:
         if iteration not in by_iteration:
             there = ", ".join(map(str, sorted(by_iteration))) or "none"
@@ -96,8 +96,11 @@ def recognise_if_any(root: Path, iteration: int | None = None) -> Found | None:
     return None
 
 
-def _iterations(root: Path) -> dict[int, Found]:
-    """Every complete checkpoint by iteration; one that a crash left moved aside counts where nothing replaced it."""
+def iterations(root: Path) -> dict[int, Found]:
+    """Every complete checkpoint in `root` by iteration.
+
+    One that a crash left moved aside counts where nothing replaced it.
+    """
     found: dict[int, Found] = {}
     if not root.is_dir():
         return found

@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         "--compare", type=float, nargs="+", metavar="T",
         help="Instead of text, a table: speed, exits and agreement with the full model at these thresholds (greedy).",
     )  # fmt: skip
-    exits.add_argument("--repeats", type=int, default=3, metavar="N", help="Rounds of --compare (default: 3).")
+    exits.add_argument("--repeats", type=int, metavar="N", help="Rounds of --compare (default: 3).")
 
     where = result.add_argument_group("device and number format")
     where.add_argument("--device", choices=("cpu", "cuda"), help="Default: the GPU where there is one.")
@@ -104,9 +104,13 @@ def _policy(args: argparse.Namespace) -> ConfidencePolicy | None:
             raise ConfigError(f"--{flag.replace('_', '-')} needs --use-early-exit")
     if args.exit_layers and not (args.use_early_exit or args.compare):
         raise ConfigError("--exit-layers needs --use-early-exit or --compare")
-    if args.compare and (args.use_early_exit or args.temperature):
-        raise ConfigError("--compare is greedy, at its own thresholds: leave out --use-early-exit and --temperature")
-    if args.repeats < 1:
+    if args.compare:
+        for flag in ("use_early_exit", "temperature", "top_k", "top_p", "show_exits"):
+            if getattr(args, flag):
+                raise ConfigError(f"--compare is greedy, at its own thresholds: leave out --{flag.replace('_', '-')}")
+    elif args.repeats is not None:
+        raise ConfigError("--repeats needs --compare")
+    if args.repeats is not None and args.repeats < 1:
         raise ConfigError(f"--repeats {args.repeats}: at least one round is needed")
     if not args.use_early_exit:
         return None
@@ -125,6 +129,9 @@ def _check_exits(engine: Engine, args: argparse.Namespace) -> None:
 
 def _tokenizer(args: argparse.Namespace) -> TokenizerConfig | None:
     if args.tokenizer_type is None:
+        for flag in ("tokenizer_model", "vocab_file", "merge_file", "vocab_size", "vocab_extra_ids"):
+            if getattr(args, flag):
+                raise ConfigError(f"--{flag.replace('_', '-')} needs --tokenizer-type")
         return None
     return TokenizerConfig(
         args.tokenizer_type,
@@ -138,7 +145,11 @@ def _tokenizer(args: argparse.Namespace) -> TokenizerConfig | None:
 
 def _texts(args: argparse.Namespace) -> list[str]:
     if args.prompt_file is None:
-        return args.prompt or [""]
+        texts = args.prompt or [""]
+        for text in texts:
+            if any("\ud800" <= character <= "\udfff" for character in text):  # bytes that were no UTF-8
+                raise ConfigError(f"--prompt {text!a} is no UTF-8 text")
+        return texts
     path = Path(args.prompt_file)
     try:
         content = path.read_text(encoding="utf-8")
@@ -188,7 +199,7 @@ def _compare(engine: Engine, prompts: list[list[int]], args: argparse.Namespace)
             prompts,
             args.compare,
             args.tokens_to_generate,
-            args.repeats,
+            args.repeats or 3,
             tuple(args.exit_layers or ()),
             progress,
         )

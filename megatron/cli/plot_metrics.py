@@ -6,6 +6,7 @@
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,10 +127,14 @@ def _curve(rows: Rows, kind: str, name: str, position: dict[int, float]) -> tupl
     points = [
         (position.get(i, i), row[kind + name])
         for (i, found), row in sorted(rows.items())
-        if found == kind and row.get(kind + name) is not None
+        if found == kind and _is_number(row.get(kind + name))
     ]
     table = np.array(points, dtype=float).reshape(-1, 2)
     return table[:, 0], table[:, 1]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _depth(name: str) -> float:
@@ -220,7 +225,11 @@ def save(figure: "Figure", output: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `tools/plot_metrics.py`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="plot_metrics.py", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="plot_metrics.py",
+        description="Draw the loss of every exit over a run, from what --metrics-file wrote.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--metrics-file", required=True, type=Path, metavar="FILE", help="what the run wrote")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="picture: .png, .svg or .pdf")
     parser.add_argument("--title", default="Loss of each exit", help="title of the picture")
@@ -231,5 +240,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> None:
         heads = read_metrics(options.metrics_file, options.x_axis)
         save(draw(heads, options.title, options.x_axis, options.log_x), options.output)
+        sys.stdout.write(f"{options.output}\n")
 
     return run_guarded(run, "interrupted; nothing was written")

@@ -15,8 +15,9 @@ import yaml
 from megatron.config import refused
 from megatron.config.fields import all_flags, build, by_name, from_plain, spellings
 from megatron.config.flags import Answers, known_flags, read_argv, unknown
+from megatron.config.idle import without_effect
 from megatron.config.problems import raise_if_any
-from megatron.config.rules import broken, check_training, without_effect
+from megatron.config.rules import broken, check_training
 from megatron.config.run import RunConfig
 from megatron.config.stored import PER_EXIT, from_checkpoint, from_dict, merge_checkpoint_args, save_config, to_dict
 from megatron.errors import ConfigError

@@ -5,7 +5,7 @@ Ranges of single values are a table here; rules across fields live in rules_mode
 
 from collections.abc import Iterator
 
-from megatron.config.fields import all_flags, by_name, value_of
+from megatron.config.fields import all_flags, value_of
 from megatron.config.problems import raise_if_any
 from megatron.config.rules_model import MODEL_RULES
 from megatron.config.rules_run import RUN_RULES
@@ -79,14 +79,3 @@ def check_training(config: RunConfig) -> None:
     if config.tokenizer.tokenizer_type is None and config.checkpoint.load is None:
         missing.append("--tokenizer-type is missing: it gives the vocabulary and the end-of-document token")
     raise_if_any(missing)
-
-
-def without_effect(config: RunConfig) -> Iterator[str]:
-    """Settings that are allowed but do nothing in this combination: lines to log."""
-    checkpoint, exits = config.checkpoint, config.exits
-    if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
-        yield f"{by_name()['sequence_parallel'].flag} has no effect with one tensor-parallel rank"
-    if checkpoint.save_interval is not None and checkpoint.save is None:
-        yield "--save-interval without --save: no checkpoint will be written"
-    if exits.exit_layer_weight_init and not exits.exit_layer_weight_warmup_iters:
-        yield "--exit-layer-weight-init has no effect without --exit-layer-weight-warmup-iters"

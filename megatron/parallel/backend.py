@@ -73,4 +73,5 @@ class Backend:
         """The device in words."""
         if self.is_cuda:
             return torch.cuda.get_device_name(self.device)
-        return f"CPU ({torch.get_num_threads()} threads)"
+        count = torch.get_num_threads()
+        return f"CPU ({count} thread{'s' if count != 1 else ''})"

@@ -34,6 +34,20 @@ _MEANING = (
 )  # fmt: skip
 # Megatron's converters lose some of these, fusion flags (and with them the kind of GELU) among them.
 _UNSURE_IN_MEGATRON = ("activation", "norm_epsilon", "rotary_seq_len_interpolation_factor", "window_size")
+_SCHEDULE_FLAGS = {
+    (LrSchedule, "max_lr"): "--lr",
+    (LrSchedule, "min_lr"): "--min-lr",
+    (LrSchedule, "style"): "--lr-decay-style",
+    (LrSchedule, "decay_samples"): "samples of the decay (--lr-decay-iters or --train-iters x batch size)",
+    (LrSchedule, "warmup_samples"): "samples of the warm-up (--lr-warmup-iters x batch size)",
+    (LrSchedule, "init_lr"): "--lr-warmup-init",
+    (LrSchedule, "wsd_style"): "--lr-wsd-decay-style",
+    (LrSchedule, "wsd_decay_samples"): "samples of the last decay (--lr-wsd-decay-iters x batch size)",
+    (WeightDecaySchedule, "start"): "--start-weight-decay (or --weight-decay)",
+    (WeightDecaySchedule, "end"): "--end-weight-decay (or --weight-decay)",
+    (WeightDecaySchedule, "style"): "--weight-decay-incr-style",
+    (WeightDecaySchedule, "length"): "samples of the weight decay's increase (--train-iters x batch size)",
+}
 _EXIT_MEANING = ("exit_layer_nums", "pre_exit", "exit_norm")
 
 
@@ -167,7 +181,8 @@ def _restore_schedules(trainer: Trainer, about: dict[str, Any]) -> None:
         trainer.lr, trainer.weight_decay = lr, weight_decay
         return
     differing = [
-        f"{field.name}: checkpoint {getattr(theirs, field.name)}, flags {getattr(ours, field.name)}"
+        f"{_SCHEDULE_FLAGS[type(ours), field.name]}: checkpoint {getattr(theirs, field.name)}, now "
+        f"{getattr(ours, field.name)}"
         for theirs, ours in ((lr, trainer.lr), (weight_decay, trainer.weight_decay))
         for field in dataclasses.fields(ours)
         if getattr(theirs, field.name) != getattr(ours, field.name)
@@ -175,7 +190,7 @@ def _restore_schedules(trainer: Trainer, about: dict[str, Any]) -> None:
     if differing:
         raise ConfigError(
             "the checkpoint's schedules are not those of the flags (" + "; ".join(differing) + "). Give "
-            "--override-opt_param-scheduler to use the flags, or --use-checkpoint-opt_param-scheduler"
+            "--override-opt_param-scheduler to go on with the flags, or --use-checkpoint-opt_param-scheduler"
         )
 
 

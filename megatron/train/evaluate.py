@@ -20,8 +20,8 @@ class HeadMetrics:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss), with the loss capped at 20."""
-        return math.exp(min(20.0, self.loss))
+        """exp(loss), with the loss capped at 20; NaN stays NaN."""
+        return math.exp(min(self.loss, 20.0))
 
 
 def evaluate(stage: Stage, batches: Iterable[TokenBatch]) -> dict[str, HeadMetrics]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from megatron.checkpoint.find import iterations
 from megatron.config.load import to_dict
 from megatron.data.build import Dataset
 from megatron.errors import ConfigError, DataError, NonFiniteError, StorageError
@@ -55,6 +56,7 @@ def train(trainer: Trainer) -> str:
         try:
             if trainer.config.training.skip_train:
                 return _evaluate_only(session)
+            _say_if_done(session)
             reason = _steps(session)
             if reason == "finished":
                 _final_evaluation(session)
@@ -74,6 +76,7 @@ def _open(trainer: Trainer, stop: StopSignal) -> Session:
         raise ConfigError("there is no training data: see --split, --data-path and --train-data-path")
     if config.checkpoint.save and not config.training.skip_train:
         _check_writable(Path(config.checkpoint.save))
+        _say_replaced(Path(config.checkpoint.save), iteration)
     trainer.progress.run = max(trainer.progress.run, next_run(config.logging.metrics_file))
     return Session(
         trainer=trainer,
@@ -97,10 +100,27 @@ def _check_writable(directory: Path) -> None:
         raise StorageError(f"--save {directory}: {error.strerror}; give a directory that can be written to") from error
 
 
+def _say_replaced(directory: Path, iteration: int) -> None:
+    """Name what an earlier run left ahead of this one: its checkpoints will be replaced one by one."""
+    ahead = [number for number in iterations(directory) if number > iteration]
+    if ahead:
+        log.warning("--save %s holds iterations %d to %d of an earlier run: this one starts at %d and replaces those "
+                    "that it reaches", directory, min(ahead), max(ahead), iteration)  # fmt: skip
+
+
 def _last_iteration(trainer: Trainer) -> int:
     """The iteration that the run ends with."""
     training, dp_size = trainer.config.training, trainer.mesh.size("dp")
     return max(training_length(training, dp_size)[0], trainer.progress.iteration)
+
+
+def _say_if_done(session: Session) -> None:
+    trainer = session.trainer
+    progress = trainer.progress
+    if is_finished(trainer.config.training, progress.iteration, progress.consumed_samples, trainer.mesh.size("dp")):
+        log.warning("nothing left to train: the checkpoint is at iteration %d, the end of --train-iters (or "
+                    "--train-samples). To go on, raise it and add --override-opt_param-scheduler",
+                    progress.iteration)  # fmt: skip
 
 
 def _steps(session: Session) -> str:

@@ -34,7 +34,7 @@ def test_scripts_are_shell(script: Path) -> None:
     run("bash", "-n", script)
 
 
-@pytest.mark.parametrize("script", ["examples/setup_env.sh", "tests/run.sh"])
+@pytest.mark.parametrize("script", ["examples/quickstart.sh", "examples/setup_env.sh", "tests/run.sh"])
 def test_scripts_explain_themselves(script: str) -> None:
     assert f"bash {script}" in run("bash", ROOT / script, "--help").stdout
 

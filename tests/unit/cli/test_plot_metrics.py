@@ -134,3 +134,11 @@ def test_refused(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not list(tmp_path.glob("p.*"))
+
+
+def test_what_is_no_finite_number_is_left_out(tmp_path: Path) -> None:
+    lines = ['"loss/final": 3.0', '"loss/final": NaN', '"loss/final": "high"', '"loss/final": 2.0']
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(f'{{"iteration": {i}, "consumed_tokens": {i}, {line}}}\n' for i, line in enumerate(lines)))
+    (head,) = read_metrics(path)
+    assert head.loss.tolist() == [3.0, 2.0]

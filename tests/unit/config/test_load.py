@@ -33,7 +33,7 @@ def test_accepted_flags_are_said_in_one_line() -> None:
     flags = ["--use-flash-attn", "--no-masked-softmax-fusion", "--use-flash-attn", "--sequence-parallel"]
     notes = load([*SIZES, *flags]).notes
     assert notes[0] == "accepted without effect: --use-flash-attn, --no-masked-softmax-fusion"
-    assert notes[1].startswith("--sequence-parallel has no effect")
+    assert notes[1].startswith("without effect with one tensor-parallel rank")
 
 
 def test_data_are_not_needed_to_parse() -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from megatron.config.fields import all_flags, build, by_name
+from megatron.config.idle import without_effect
 from megatron.config.rules import (
     ABOVE_ZERO,
     AT_LEAST_ONE,
@@ -10,7 +11,6 @@ from megatron.config.rules import (
     broken,
     check,
     check_training,
-    without_effect,
 )
 from megatron.config.rules_model import MODEL_RULES
 from megatron.config.rules_run import RUN_RULES
@@ -318,7 +318,31 @@ def test_training_needs() -> None:
     check_training(config_of({"skip_train": True, "valid_data_path": ("a",), "load": "d"}))
 
 
-def test_settings_without_effect_are_said() -> None:
-    config = config_of({"sequence_parallel": True, "save_interval": 5, "exit_layer_weight_init": (1.0,)})
-    assert len(list(without_effect(config))) == 3
-    assert list(without_effect(config_of({"save": "d", "save_interval": 5}))) == []
+@pytest.mark.parametrize(
+    ("idle", "active", "said"),
+    [
+        ({"sequence_parallel": True}, None, "with one tensor-parallel rank: --sequence-parallel"),
+        ({"save_interval": 5}, {"save": "d"}, "without --save: --save-interval"),
+        ({"finetune": True, "load_optim": False}, {"load": "d"}, "without --load: --no-load-optim, --finetune"),
+        ({"exit_layer_weight_init": (1.0,)}, {"exit_layer_weight_warmup_iters": 2}, "--exit-layer-weight-init"),
+        ({"rotary_base": 500.0}, ROPE, "--rotary-base"),
+        ({"rope_scaling_factor": 4.0}, {"use_rope_scaling": True, **ROPE}, "--rope-scaling-factor"),
+        ({"adam_beta2": 0.5, "optimizer": "sgd"}, {"optimizer": "adam"}, "with --optimizer sgd: --adam-beta2"),
+        ({"sgd_momentum": 0.5}, {"optimizer": "sgd"}, "--sgd-momentum"),
+        ({"lr_wsd_decay_style": "linear"}, WSD, "--lr-wsd-decay-style"),
+        ({"lr_warmup_init": 0.5}, {"lr_warmup_fraction": 0.1}, "without a warm-up: --lr-warmup-init"),
+        ({"hysteresis": 3}, {"fp16": True}, "without --fp16: --hysteresis"),
+        ({"wandb_group": "g"}, {"wandb_project": "p"}, "--wandb-group"),
+        ({"vocab_file": "v", "tokenizer_type": "HuggingFaceTokenizer"}, {"tokenizer_type": "GPT2BPETokenizer"},
+         "with this --tokenizer-type: --vocab-file"),
+        ({"vocab_size": 9, "tokenizer_type": "HuggingFaceTokenizer"}, {"tokenizer_type": "NullTokenizer"},
+         "with this --tokenizer-type: --vocab-size"),
+        ({"tokenizer_model": "m", "tokenizer_type": "NullTokenizer"}, {"tokenizer_type": "HuggingFaceTokenizer"},
+         "with this --tokenizer-type: --tokenizer-model"),
+    ],
+)  # fmt: skip
+def test_settings_without_effect_are_said(idle: dict, active: dict | None, said: str) -> None:
+    (line,) = without_effect(config_of(idle))
+    assert line.startswith("without effect ") and said in line
+    if active is not None:
+        assert list(without_effect(config_of(idle | active))) == []

@@ -116,6 +116,16 @@ def test_collecting_writes_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_collecting_replaces_its_own_files_only(tmp_path: Path) -> None:
+    words = [sys.executable, HERE / "collect_text.py", "--output", tmp_path / "text", "--megabytes", "0.1"]
+    for _ in range(2):  # the second run replaces what the first one wrote
+        assert subprocess.run(words, capture_output=True).returncode == 0
+    (tmp_path / "text" / "thesis.tex").write_text("mine")
+    refused = subprocess.run(words, capture_output=True, text=True)
+    assert refused.returncode == 2 and "thesis.tex" in refused.stderr
+    assert (tmp_path / "text" / "thesis.tex").read_text() == "mine"
+
+
 # deciding
 
 
@@ -187,6 +197,13 @@ def test_a_directory_belongs_to_one_wish(tmp_path: Path) -> None:
 
 
 # running and saying
+
+
+def test_what_ended_a_child() -> None:
+    assert quickstart._why(-9, "loss: 3.2") == "killed by SIGKILL; often the system ended it for want of memory"
+    assert quickstart._why(-15, "") == "killed by SIGTERM"
+    assert quickstart._why(2, "started\nerror: --lr: no number") == "--lr: no number"
+    assert quickstart._why(1, "") == "exit code 1"
 
 
 def test_a_failing_command_is_one_message_and_not_noted_as_done(tmp_path: Path) -> None:

@@ -274,6 +274,18 @@ def test_other_flags_on_resume_are_said(runs: Runs, capfd) -> None:
     assert "seed: 1234 -> 77" in out and "split: 80,10,10 -> 70,20,10" in out and "adam_beta2: 0.999 -> 0.9" in out
 
 
+def test_an_earlier_run_ahead_of_this_one_is_said(runs: Runs, capfd) -> None:
+    runs.train("first", save=runs.root / "save", exit_interval=4)
+    runs.train("second", save=runs.root / "save", exit_interval=2)
+    assert "holds iterations 4 to 4 of an earlier run: this one starts at 0" in capfd.readouterr().out
+
+
+def test_nothing_left_to_train_is_said(runs: Runs, capfd) -> None:
+    last = runs.train("first", save=runs.root / "save")[-1]["iteration"]
+    runs.train("again", load=runs.root / "save")
+    assert f"nothing left to train: the checkpoint is at iteration {last}" in capfd.readouterr().out
+
+
 def test_every_model_field_is_compared_on_load() -> None:
     """A field that changes what the model computes must not load silently different."""
     by_shape = {"hidden_size", "num_query_groups", "group_query_attention", "ffn_hidden_size", "kv_channels",
@@ -334,7 +346,7 @@ def test_several_processes_are_refused(runs: Runs, capfd, monkeypatch) -> None:
         ({"untie_exit_output_weights": True}, "exits.1.output.weight"),
         ({"exit_norm": "own"}, "exits.1.norm.weight"),
         ({"squared_relu": True}, "activation: checkpoint gelu_tanh, flags relu2"),
-        ({"lr": 1e-3}, "max_lr: checkpoint 0.002, flags 0.001"),
+        ({"lr": 1e-3}, "--lr: checkpoint 0.002, now 0.001"),
         ({"optimizer": "sgd"}, "momentum_buffer"),
     ],
 )
