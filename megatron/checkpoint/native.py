@@ -182,7 +182,8 @@ def _dcp_errors(directory: Path, *, writing: bool) -> Iterator[None]:
             yield
     except CheckpointException as report:
         cause = next(iter(report.failures.values()))[0]
-        if writing and isinstance(cause, OSError):
+        # torch's zip writer answers a full disk with a RuntimeError
+        if writing and isinstance(cause, OSError | RuntimeError):
             raise StorageError(f"cannot write {directory}: {cause}") from cause
         if writing:
             raise cause from None

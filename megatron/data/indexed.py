@@ -271,7 +271,8 @@ class IndexedWriter:
 
     def discard(self) -> None:
         """Forget what was added and remove the temporary file; harmless after `finalize`."""
-        self._bin.close()
+        with suppress(OSError):  # what is left in its buffer may not fit on the disk
+            self._bin.close()
         with suppress(FileNotFoundError):
             os.unlink(self._temporary)
 

@@ -10,10 +10,12 @@ from megatron.train.data import make_datasets, microbatches, step_batches
 from megatron.train.step import train_step
 
 
-def train_changing_micro_batch(argv: Sequence[str], at: int, micro_batch_size: int) -> list[tuple[float, float]]:
-    """Run to the end without a stop, with another micro-batch size from iteration `at` on.
+def train_changing_micro_batch(
+    argv: Sequence[str], at: int, micro_batch_size: int
+) -> list[tuple[dict[str, float], float]]:
+    """Run to the end without a stop, with another micro-batch size from iteration `at` on, and save.
 
-    Returns each step's (final loss, gradient norm).
+    Returns each step's (loss of each head, gradient norm).
     """
     trainer = build_trainer(load(argv).config)
     checkpoints.start(trainer)
@@ -26,5 +28,6 @@ def train_changing_micro_batch(argv: Sequence[str], at: int, micro_batch_size: i
             trainer.config = replace(trainer.config, training=training)
             stream = microbatches(trainer, datasets.train, trainer.progress.consumed_samples)
         report = train_step(trainer, step_batches(trainer, stream))
-        rows.append((report.losses["final"], report.grad_norm))
+        rows.append((dict(report.losses), report.grad_norm))
+    checkpoints.save(trainer)
     return rows

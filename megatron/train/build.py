@@ -21,7 +21,15 @@ def build_trainer(config: RunConfig, backend: Backend | None = None) -> Trainer:
     backend = backend or Backend.choose(config.parallel.distributed_backend)
     mesh = Mesh.build(config.parallel, backend)
     tokenizer = make_tokenizer(config)
-    model = build_model(config, mesh, tokenizer.vocab_size)
+    try:
+        model = build_model(config, mesh, tokenizer.vocab_size)
+    except (MemoryError, RuntimeError) as error:  # how torch says that memory can't be had
+        if "memory" not in str(error):
+            raise
+        raise ConfigError(
+            f"a model of these sizes does not fit into memory (--hidden-size, --num-layers, --seq-length, the "
+            f"vocabulary): {str(error).splitlines()[0][:200]}"
+        ) from error
     if config.training.torch_compile:
         compile_layers(model)
     return Trainer(

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from megatron.checkpoint.find import iterations
+from megatron.checkpoint.find import NATIVE, iterations
 from megatron.config.load import to_dict
 from megatron.data.build import Dataset
-from megatron.errors import ConfigError, DataError, NonFiniteError, StorageError
+from megatron.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StorageError
 from megatron.logs import get_logger
 from megatron.model.stage import TokenBatch
 from megatron.train import checkpoints
@@ -31,7 +31,7 @@ class Session:
     """One start of a run: the trainer plus what it talks to.
 
     loaded: iteration that it began at; saved: of the newest checkpoint; good: of the newest one whose weights are
-    known to give finite losses (0: none); bad_steps: non-finite steps in a row.
+    known to give finite losses (0: none); bad_steps: non-finite steps in a row; save_due: a save was put off.
     """
 
     trainer: Trainer
@@ -44,6 +44,7 @@ class Session:
     loaded: int
     good: int = 0
     bad_steps: int = 0
+    save_due: bool = False
 
 
 def train(trainer: Trainer) -> str:
@@ -101,8 +102,17 @@ def _check_writable(directory: Path) -> None:
 
 
 def _say_replaced(directory: Path, iteration: int) -> None:
-    """Name what an earlier run left ahead of this one: its checkpoints will be replaced one by one."""
-    ahead = [number for number in iterations(directory) if number > iteration]
+    """Name what an earlier run left ahead of this one: its checkpoints will be replaced one by one.
+
+    Raises CheckpointError where one is of the other format, which a save never replaces.
+    """
+    found = iterations(directory)
+    ahead = [number for number in found if number > iteration]
+    if foreign := [number for number in ahead if found[number].format != NATIVE]:
+        raise CheckpointError(
+            f"--save {directory} holds iteration {foreign[0]} in Megatron's format, which is never replaced: give "
+            "another --save directory"
+        )
     if ahead:
         log.warning("--save %s holds iterations %d to %d of an earlier run: this one starts at %d and replaces those "
                     "that it reaches", directory, min(ahead), max(ahead), iteration)  # fmt: skip
@@ -147,8 +157,9 @@ def _after_step(session: Session) -> str | None:
     """Save and evaluate where it is time; the reason to stop, if there is one."""
     training, iteration = session.trainer.config.training, session.trainer.progress.iteration
     interval = session.trainer.config.checkpoint.save_interval
-    if interval and iteration % interval == 0:
-        _save_if_new(session)
+    session.save_due |= bool(interval) and iteration % interval == 0
+    if session.save_due:
+        _save_unless_suspect(session)
     if iteration % training.eval_interval == 0:
         _evaluate(session, "valid", session.datasets.valid, iteration // training.eval_interval - 1)
     reason = _reason_to_stop(session)
@@ -172,16 +183,23 @@ def _reason_to_stop(session: Session) -> str | None:
     return None
 
 
+def _save_unless_suspect(session: Session) -> None:
+    """Save, or put it off until a step is finite: weights that give no finite loss should not become the newest."""
+    if session.bad_steps == 0:
+        _save_if_new(session)
+    elif session.trainer.config.checkpoint.save:
+        session.console.say(f"saving is put off: non-finite steps in a row: {session.bad_steps}")
+
+
 def _save_if_new(session: Session) -> None:
-    """Save under --save, unless this iteration already is, or the last steps were not finite."""
+    """Save under --save, unless this iteration already is. A skipped step changed no weights, so nothing is lost."""
     trainer = session.trainer
     if not trainer.config.checkpoint.save or trainer.config.training.skip_train:
         return
-    if session.bad_steps:
-        session.console.say(f"not saved: the last {session.bad_steps} steps were not finite")
-    elif session.saved != trainer.progress.iteration:
+    if session.saved != trainer.progress.iteration:
         checkpoints.save(trainer)
         session.saved = trainer.progress.iteration
+        session.save_due = False
 
 
 def _guard(session: Session, report: StepReport) -> None:

@@ -88,13 +88,19 @@ class WeightsAndBiases:
             import wandb
         except ImportError as error:
             raise ConfigError("--wandb-project needs the wandb package: pip install 'ee-llm[log]'") from error
-        self._run = wandb.init(
-            project=flags.wandb_project,
-            group=flags.wandb_group,
-            name=flags.wandb_exp_name,
-            dir=flags.wandb_save_dir,
-            config=config,
-        )
+        try:
+            self._run = wandb.init(
+                project=flags.wandb_project,
+                group=flags.wandb_group,
+                name=flags.wandb_exp_name,
+                dir=flags.wandb_save_dir,
+                config=config,
+            )
+        except Exception as error:
+            raise ConfigError(
+                f"--wandb-project {flags.wandb_project}: {error}. Log in (wandb login), set WANDB_MODE=offline, or "
+                "leave the flag out"
+            ) from error
         self._interval = flags.tracker_log_interval
 
     def write(self, iteration: int, record: dict[str, Any]) -> None:
@@ -118,7 +124,7 @@ class Reporter:
         for sink in list(self._sinks):
             try:
                 sink.write(iteration, record)
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - services raise errors of their own
                 self._sinks.remove(sink)
                 log.warning("%s: %s; training goes on without it", type(sink).__name__, error)
 
@@ -127,7 +133,7 @@ class Reporter:
         for sink in self._sinks:
             try:
                 sink.close()
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - as above
                 log.warning("%s: %s", type(sink).__name__, error)
 
 

@@ -35,7 +35,7 @@ def find_cases(root: Path, kind: str) -> list[Path]:
 # What a case is follows from what lies in it, not from its name.
 KINDS = {
     "forward": lambda directory, case: "microbatch_losses" in case and (directory / "tokens.npz").exists(),
-    "trajectory": lambda directory, case: "iterations_per_rank" in case and "--tune-exit" not in case["argv"],
+    "trajectory": lambda directory, case: "iterations_per_rank" in case,
 }
 
 

@@ -54,6 +54,8 @@ def test_trajectory(trajectory_case: Path, golden_dir: Path, tmp_path: Path) -> 
     case = read_case(trajectory_case)
     if case["world_size"] != 1 or parallel_size(case["argv"]) != 1:
         pytest.skip("recorded on several ranks; this version trains on one process")
+    if "--tune-exit" in case["argv"]:
+        pytest.skip("tuning exits comes with a later version")
     expected = recorded_rows(trajectory_case)
     ours = run_training(redirect(case["argv"], golden_dir, tmp_path), tmp_path)
     assert [line["iteration"] for line in ours] == sorted(expected)

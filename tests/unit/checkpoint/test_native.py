@@ -1,5 +1,6 @@
 import json
 import logging
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -170,6 +171,35 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_nothing_else(tmp_path, stat
     assert names(tmp_path) == ["iter_0000005", "latest_checkpointed_iteration.txt"]
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "5\n"
     assert_equal(native.read(directory).tensors, state.tensors)
+
+
+@pytest.mark.parametrize("room", [0, 100, 700, 2000, 5000])
+def test_a_disk_that_fills_up_while_tensors_are_written(tmp_path, state, monkeypatch, room):
+    """Torch's zip writer turns the OSError into a RuntimeError of its own."""
+
+    class Full:
+        def __init__(self, file):
+            self.file, self.room = file, room
+
+        def write(self, content):
+            self.room -= len(content)
+            if self.room < 0:
+                raise OSError(28, "No space left on device")
+            return self.file.write(content)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    @contextmanager
+    def create_stream(self, path, mode):
+        with open(path, mode) as file:
+            yield Full(file) if "w" in mode else file
+
+    native.save(tmp_path, 5, state)
+    with monkeypatch.context() as patched, pytest.raises(StorageError, match="cannot write"):
+        patched.setattr("torch.distributed.checkpoint.filesystem.FileSystem.create_stream", create_stream)
+        native.save(tmp_path, 6, state)
+    assert names(tmp_path) == ["iter_0000005", "latest_checkpointed_iteration.txt"]
 
 
 def test_our_own_mistakes_are_not_blamed_on_the_disk(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The .bin/.idx format: exact bytes, exact reads, and every kind of broken file refused by name."""
 
+import errno
 import os
 import pickle
 import struct
@@ -284,3 +285,24 @@ def test_unreadable_file_while_in_use(prefix: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "pread", broken)
     with pytest.raises(DataError, match=r"some\.bin cannot be read at byte 6: Input/output error"):
         data.get(1)
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
+    """As the real one: what the buffer holds cannot be written when the file is closed, either."""
+
+    class Full:
+        def __init__(self, file) -> None:
+            self.fileno, self.tell, self.really_close = file.fileno, file.tell, file.close
+
+        def write(self, _content: bytes) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None:
+            self.really_close()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = IndexedWriter(str(tmp_path / "x"), np.dtype(np.uint16))
+    writer._bin = Full(writer._bin)
+    with pytest.raises(StorageError, match="No space left"), writer:
+        writer.add_document([1, 2, 3])
+    assert list(tmp_path.iterdir()) == []

@@ -140,6 +140,20 @@ def head_inputs(weights: Weights, batch, config: ModelConfig, exits: ExitConfig)
     return heads
 
 
+def scores(parameters: Weights, batch, config: ModelConfig, exits: ExitConfig, vocab_size: int) -> dict[str, tuple]:
+    """By head, over the unmasked tokens: sum of plain cross-entropy, right top tokens, and those that are the final
+    head's. Padding rows count in the cross-entropy, and are no predictions.
+    """
+    mask, labels = batch.loss_mask.bool(), batch.labels
+    rows = {}
+    for head, (features, matrix) in head_inputs(parameters, batch, config, exits).items():
+        logits = features @ matrix.T
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        rows[head] = losses[mask].sum(), logits[..., :vocab_size].argmax(-1)
+    final = rows["final"][1]
+    return {head: (loss, (top == labels)[mask].sum(), (top == final)[mask].sum()) for head, (loss, top) in rows.items()}
+
+
 def losses_and_gradients(
     parameters: Weights, batches, config: ModelConfig, exits: ExitConfig, *, per_token: bool
 ) -> tuple[list[dict[str, Tensor]], Weights]:

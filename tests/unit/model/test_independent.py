@@ -8,7 +8,7 @@ from megatron.exits.loss import Objective
 from megatron.exits.spec import exit_specs
 from megatron.model.stage import Stage
 from megatron.testing.tiny import build_gpt, random_batch
-from tests.unit.model.independent import losses_and_gradients
+from tests.unit.model.independent import losses_and_gradients, scores
 
 VOCAB, PADDED = 60, 64
 BASE = {
@@ -60,6 +60,27 @@ def test_losses_and_gradients(case: str, documents_apart: bool, dynamic: bool, p
             torch.testing.assert_close(losses[head], loss, rtol=1e-12, atol=1e-14)
     for name, gradient in gradients.items():
         torch.testing.assert_close(model.get_parameter(name).main_grad, gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_evaluation(case: str) -> None:
+    """Plain cross-entropy, whatever temperature and weighting say of training; padding rows are no predictions."""
+    model_flags, exit_flags = CASES[case]
+    config = ModelConfig(**(BASE | model_flags))
+    exits = ExitConfig(
+        exit_layer_nums=(1, 3), exit_layer_temperature=(2.0, 0.5), use_dynamic_exit_layer_weight=True, **exit_flags
+    )
+    model = build_gpt(config, exits, VOCAB, PADDED, torch.float64)
+    with torch.no_grad():  # padding rows that would win
+        model.output_weight("final")[VOCAB:] *= 30
+    batch = random_batch(4, 16, VOCAB, eod_mask_loss=True)
+    ours = Stage(model.eval(), VOCAB).evaluate(batch)
+    expected = scores({name: p.detach() for name, p in model.named_parameters()}, batch, config, exits, VOCAB)
+    assert ours.keys() == expected.keys()
+    for head, (loss, correct, agree) in expected.items():
+        torch.testing.assert_close(ours[head].loss, loss, rtol=1e-12, atol=0)
+        assert (ours[head].correct, ours[head].agree) == (correct, agree)
+    assert 0 < expected["1"][2] < expected["final"][2]
 
 
 def train(model, exits: ExitConfig, batches, dynamic: bool, per_token: bool) -> list[dict[str, torch.Tensor]]:

@@ -12,19 +12,13 @@ import types
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron.checkpoint.find import recognise
 from megatron.cli.pretrain import main
-from megatron.config.load import load
 from megatron.config.model import ModelConfig
 from megatron.data.gpt import GPTDataset
-from megatron.errors import DataError, NonFiniteError
+from megatron.errors import DataError
 from megatron.train import checkpoints
-from megatron.train.build import build_trainer
-from megatron.train.data import make_datasets, microbatches, step_batches
-from megatron.train.loop import train
-from megatron.train.step import train_step
 from tests.unit.train.conftest import Runs, steps
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -90,58 +84,17 @@ def test_fp16_overflow_skips_and_lowers_the_scale(runs: Runs) -> None:
     assert first_applied["lr"] == 0.0  # schedules stand still on skipped steps
 
 
-def poisoned(runs: Runs, **changes: object):
-    trainer = build_trainer(load(runs.flags(**changes)).config)
-    checkpoints.start(trainer)
-    return trainer
+def test_save_directory_of_the_other_format_is_refused_at_once(runs: Runs, capfd) -> None:
+    directory = runs.root / "save" / "iter_0000004" / "mp_rank_00"
+    directory.mkdir(parents=True)
+    (directory / "model_optim_rng.pt").write_bytes(b"")
+    assert main(runs.flags(save=runs.root / "save")) == 4
+    assert "iteration 4 in Megatron's format, which is never replaced" in capfd.readouterr().err
 
 
-def test_non_finite_step_changes_nothing_and_is_named(runs: Runs) -> None:
-    trainer = poisoned(runs, exit_norm="own")
-    stream = microbatches(trainer, make_datasets(trainer).train, 0)
-    train_step(trainer, step_batches(trainer, stream))
-    with torch.no_grad():
-        trainer.model.exits["3"].norm.weight[0] = math.nan
-    before = {name: tensor.clone() for name, tensor in checkpoints.state_tensors(trainer).items()}
-    report = train_step(trainer, step_batches(trainer, stream))
-    assert not report.applied
-    assert "the loss of exit 3 in microbatch 0" in report.problem and "exit 1" not in report.problem
-    after = checkpoints.state_tensors(trainer)
-    assert all(torch.equal(before[name].nan_to_num(9), after[name].nan_to_num(9)) for name in before)
-    assert trainer.progress.skipped_steps == 1
-
-
-@pytest.mark.parametrize("precision", [{}, {"fp16": True}])
-def test_stops_after_many_non_finite_steps(runs: Runs, precision: dict[str, object]) -> None:
-    trainer = poisoned(runs, max_nonfinite_steps=3, metrics_file=runs.root / "m.jsonl", **precision)
-    with torch.no_grad():
-        trainer.model.embedding.word.weight.fill_(math.nan)
-    with pytest.raises(NonFiniteError, match="3 steps in a row"):
-        train(trainer)
-    lines = [json.loads(line) for line in (runs.root / "m.jsonl").read_text().splitlines()]
-    assert [line["skipped"] for line in lines] == [True] * 3
-    assert lines[0]["loss/final"] is None and lines[0]["grad_norm"] is None
-
-
-def test_names_the_last_checkpoint_known_to_be_good(runs: Runs, capfd) -> None:
-    """An absurd learning rate: the checkpoints whose weights give no finite loss don't count."""
-    save = runs.root / "save"
-    flags = {"lr": 1e30, "lr_warmup_iters": 5, "lr_decay_style": "constant", "clip_grad": 0, "min_lr": 0}
-    assert main(runs.flags(save=save, save_interval=1, max_nonfinite_steps=4, **flags)) == 3
-    error = capfd.readouterr().err
-    good = int(error.split("--load-iteration ")[1].split(".")[0])
-    evaluated = runs.train("e", load=save, load_iteration=good, skip_train=True, **flags)
-    assert evaluated[0]["eval/loss/final"] is not None
-    assert recognise(save).iteration <= good + 1
-
-
-def test_non_finite_gradients_are_named(runs: Runs) -> None:
-    trainer = poisoned(runs)
-    weight = trainer.model.layers["2"].mlp.up.weight
-    weight.register_hook(lambda grad: grad * math.inf)
-    report = train_step(trainer, step_batches(trainer, microbatches(trainer, make_datasets(trainer).train, 0)))
-    assert not report.applied
-    assert "layers.2.mlp.up.weight" in report.problem and "rank dp=0 pp=0 tp=0" in report.problem
+def test_a_model_beyond_the_memory_is_refused(runs: Runs, capfd) -> None:
+    assert main(runs.flags(seq_length=10**12, max_position_embeddings=10**12)) == 2
+    assert "does not fit into memory" in capfd.readouterr().err
 
 
 def test_skip_train_evaluates_a_checkpoint(runs: Runs) -> None:
@@ -395,6 +348,26 @@ def test_wandb_gets_the_same_numbers(runs: Runs, monkeypatch: pytest.MonkeyPatch
     assert sorted(by_step) == [10, 20]
     assert by_step[20]["loss/exit_3"] == lines[-1]["loss/exit_3"]
     assert logged[-1] == (-1, {})
+
+
+@pytest.mark.parametrize("failing", ["log", "finish"])
+def test_a_logging_service_that_fails_does_not_end_the_run(runs: Runs, monkeypatch, capfd, failing: str) -> None:
+    class CommError(Exception):
+        """wandb's own errors are no OSErrors."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise CommError("the service is gone")
+
+    run = types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+    setattr(run, failing, fail)
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **_: run
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert len(steps(runs.train("m", wandb_project="exits", tracker_log_interval=1))) == 20
+    assert "WeightsAndBiases: the service is gone" in capfd.readouterr().out
+    wandb.init = fail
+    assert main(runs.flags(wandb_project="exits")) == 2
+    assert "--wandb-project exits: the service is gone" in capfd.readouterr().err
 
 
 def test_missing_logger_is_named_with_its_mend(runs: Runs, capfd, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,8 +106,12 @@ def test_micro_batch_size_may_change_on_resume(runs: Runs) -> None:
     after = runs.train("stopped", save=save, load=save, micro_batch_size=4)
     stopped = steps(before) + steps(after)
 
-    whole = train_changing_micro_batch(runs.flags(), at=8, micro_batch_size=4)
-    assert [(line["loss/final"], line["grad_norm"]) for line in stopped] == whole
+    whole = runs.root / "whole"
+    losses = train_changing_micro_batch(runs.flags(save=whole), at=8, micro_batch_size=4)
+    assert [(line["loss/final"], line["loss/exit_1"], line["loss/exit_3"], line["grad_norm"]) for line in stopped] == [
+        (row["final"], row["1"], row["3"], norm) for row, norm in losses
+    ]
+    assert_same_end(save, whole)
 
 
 def test_evaluation_moves_nothing(runs: Runs) -> None:
