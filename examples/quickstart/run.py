@@ -145,7 +145,7 @@ class Quickstart:
     def _measure_speed(self) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         found = self.directory / "speed.json"
-        seconds = "1.5" if self.quick else "3"
+        seconds = "1.5" if self.quick else "4"
         tries = ("--threads", *sorted({cores, max(1, cores // 2)}, reverse=True), "--seconds", seconds)
         flags = replace(self.plan, iterations=1000).training_flags() + self._data_flags()
         output = self._call(

@@ -51,7 +51,7 @@ class Plan:
         return [
             *("--num-layers", str(self.num_layers), "--hidden-size", str(self.hidden_size)),
             *("--num-attention-heads", str(self.hidden_size // self.head_dim), "--seq-length", str(self.seq_length)),
-            *("--ffn-hidden-size", str(3 * self.hidden_size), "--swiglu", "--disable-bias-linear"),
+            *("--ffn-hidden-size", str(5 * self.hidden_size // 2), "--swiglu", "--disable-bias-linear"),
             *("--position-embedding-type", "rope"),
             *("--attention-dropout", "0", "--hidden-dropout", "0", "--init-method-std", f"{self.init_std:.3f}"),
             *("--exit-layer-nums", *map(str, self.exit_layers), "--exit-norm", "own"),
