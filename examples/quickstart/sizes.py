@@ -1,7 +1,7 @@
 """How large a model and how much text suit the minutes and the machine there are, as flags for the training program.
 
 The numbers were found by trying: what reads best after the given minutes, still gains from its depth, and is sure of
-many tokens at its exits. In five minutes on two cores a million parameters get further than two or ten million do.
+many tokens at its exits. In five minutes on two cores one million parameters get further than two or ten million do.
 """
 
 from dataclasses import dataclass, replace
