@@ -4,8 +4,11 @@ The JSON holds the exit layers and sizes; the answer is one JSON line on standar
 """
 
 import json
+import os
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import torch
 
@@ -40,6 +43,14 @@ def measure(exits: list[int], sizes: dict[str, int], steps: int = 2) -> dict[str
         optimizer.step(1e-3, 0.0, 1.0, True)
     parameters = sum(p.numel() for p in model.parameters())
     return {"peak": peak_resident_bytes() - empty, "state": parameters * 4 * 4, "threads": threading.active_count()}
+
+
+def measure_in_fresh_process(exits: list[int], sizes: dict[str, int]) -> dict[str, int]:
+    """`measure` where nothing else has raised the peak."""
+    command = [sys.executable, "-m", "megatron.testing.step_memory", json.dumps({"exits": exits, "sizes": sizes})]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return json.loads(done.stdout)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The commands that the documents give are run: every program's --help, and the README's tour on a small corpus."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,7 +11,8 @@ import pytest
 
 from tests.house.files import PACKAGE, ROOT, shown, tracked
 
-PROGRAMS = sorted(
+BENCHMARKS = sorted(path for path in tracked() if path.parent == ROOT / "benchmarks" and path.name != "report.py")
+PROGRAMS = BENCHMARKS + sorted(
     path for path in tracked() if path.suffix == ".py" and (path.parent == ROOT / "tools" or path.parent == ROOT)
 )
 SCRIPTS = sorted(path for path in tracked() if path.suffix == ".sh" or path.parent.name == ".ci")
@@ -27,6 +29,15 @@ def run(*words: str | Path, cwd: Path = ROOT, **variables: str) -> subprocess.Co
 def test_help(program: Path, tmp_path: Path) -> None:
     """From any directory, and without an installed package."""
     assert "--" in run(sys.executable, program, "--help", cwd=tmp_path).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=shown)
+def test_benchmarks_end_with_a_line_of_json(benchmark: Path, tmp_path: Path) -> None:
+    output = run(sys.executable, benchmark, "--quick", "--output", tmp_path / "kept.json").stdout
+    figures = json.loads(output.splitlines()[-1])["figures"]
+    assert figures and all({"name", "value", "goal", "met"} <= figure.keys() for figure in figures)
+    assert json.loads((tmp_path / "kept.json").read_text())["hardware"]["cores"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=shown)
