@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
+from megatron import faults
+
 
 def temporary_name(path: str) -> str:
     """A name beside `path` that no other process uses."""
@@ -23,10 +25,12 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
     """
     temporary = temporary_name(path)
     try:
+        faults.point("file.open")
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        faults.point("file.rename")
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):

@@ -1,6 +1,7 @@
 """How things become visible on disk: a directory or file appears whole, under its name, or not at all.
 
-Everything a save writes passes through here, so that crash safety, manifests and fault points have one place.
+Everything a save writes passes through here, so that crash safety, manifests and fault points have one place. A
+process that is killed leaves directories under names that no search takes for a checkpoint; the next save sweeps them.
 """
 
 import os
@@ -8,18 +9,22 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from megatron import faults
+from megatron.checkpoint import manifest
 from megatron.errors import StorageError
 from megatron.files import atomic_write
 
-_REPLACED = re.compile(r"(?P<name>.+)\.replaced-[0-9a-f]{32}")
+_ASIDE = re.compile(r"(?P<name>.+)\.(?P<kind>staging|replaced|removed)-[0-9a-f]{32}")
+_UNFINISHED_FILE = re.compile(r"(config\.yaml|latest_checkpointed_iteration\.txt|run_status\.json)\.[0-9a-f]{32}\.tmp")
 
 
 @contextmanager
 def staged(final: Path) -> Iterator[Path]:
-    """Yield an empty directory beside `final`; when the block ends well it is flushed and takes the name `final`.
+    """Yield an empty directory beside `final`; when the block ends well it gets its manifest, is flushed and takes
+    the name `final`.
 
     A directory that had the name before is moved aside first and removed last: at no moment is neither there. If
     the block raises, the staged directory is removed and `final` is as it was.
@@ -27,11 +32,12 @@ def staged(final: Path) -> Iterator[Path]:
     Raises:
         StorageError: the disk is full or read-only, or permission is missing.
     """
-    staging = final.with_name(f"{final.name}.staging-{uuid.uuid4().hex}")
+    staging = _aside(final, "staging")
     try:
+        faults.point("commit.make")
         staging.mkdir(parents=True)
         yield staging
-        _flush_tree(staging)
+        _seal(staging)
         _take_name(staging, final)
     except OSError as error:
         raise StorageError(f"cannot write {final}: {error}") from error
@@ -41,8 +47,8 @@ def staged(final: Path) -> Iterator[Path]:
 
 def set_aside(directory: Path) -> str | None:
     """The name that `directory` had before a save moved it aside to replace it; None for any other directory."""
-    match = _REPLACED.fullmatch(directory.name)
-    return match["name"] if match else None
+    match = _ASIDE.fullmatch(directory.name)
+    return match["name"] if match and match["kind"] == "replaced" else None
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -52,6 +58,7 @@ def replace_file(path: Path, text: str) -> None:
         StorageError: the disk is full or read-only, or permission is missing.
     """
     try:
+        faults.point("commit.replace_file")
         with atomic_write(str(path)) as file:
             file.write(text.encode())
         _flush(path.parent)
@@ -59,29 +66,74 @@ def replace_file(path: Path, text: str) -> None:
         raise StorageError(f"cannot write {path}: {error}") from error
 
 
+def remove(directory: Path) -> None:
+    """Remove a checkpoint: at once as far as any search is concerned. Raises StorageError."""
+    doomed = _aside(directory, "removed")
+    try:
+        faults.point("commit.remove")
+        directory.rename(doomed)
+    except OSError as error:
+        raise StorageError(f"cannot remove {directory}: {error}") from error
+    faults.point("commit.empty")
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(root: Path) -> None:
+    """Remove what killed saves left in `root`; what was moved aside and never replaced gets its name back.
+
+    What can't be removed now is left to the next save.
+    """
+    for path in sorted(root.iterdir()):
+        match = _ASIDE.fullmatch(path.name)
+        with suppress(OSError):
+            if match and match["kind"] == "replaced" and not (root / match["name"]).exists():
+                faults.point("commit.put_back")
+                path.rename(root / match["name"])
+            elif match:
+                faults.point("commit.sweep")
+                shutil.rmtree(path)
+            elif _UNFINISHED_FILE.fullmatch(path.name):
+                path.unlink()
+
+
+def _seal(staging: Path) -> None:
+    content = manifest.build(staging, _flush)
+    path = staging / manifest.MANIFEST
+    faults.point("commit.manifest")
+    path.write_bytes(content)
+    _flush(path)
+    _flush(staging)
+
+
 def _take_name(staging: Path, final: Path) -> None:
-    old = final.with_name(f"{final.name}.replaced-{uuid.uuid4().hex}")
+    old = _aside(final, "replaced")
     replacing = final.exists()
     if replacing:
+        faults.point("commit.move_aside")
         final.rename(old)
     try:
+        faults.point("commit.rename")
         staging.rename(final)
     except OSError:
         if replacing:
             old.rename(final)
         raise
-    _flush(final.parent)
-    if replacing:
-        shutil.rmtree(old, ignore_errors=True)
+    try:
+        _flush(final.parent)
+    finally:
+        if replacing:
+            with suppress(OSError):  # the next save sweeps it
+                faults.point("commit.drop_replaced")
+                shutil.rmtree(old)
 
 
-def _flush_tree(directory: Path) -> None:
-    for path in [*directory.rglob("*"), directory]:
-        _flush(path)
+def _aside(path: Path, kind: str) -> Path:
+    return path.with_name(f"{path.name}.{kind}-{uuid.uuid4().hex}")
 
 
 def _flush(path: Path) -> None:
     """Force a file's content, or a directory's names, to the disk."""
+    faults.point("commit.flush")
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,11 +1,13 @@
-"""Which checkpoint lies in a directory: format by content, the tracker file as a hint and never as the truth."""
+"""Which checkpoint lies in a directory: format by content, the newest whole one, the tracker file as a mere hint."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron.checkpoint import manifest
 from megatron.checkpoint.commit import set_aside
+from megatron.checkpoint.manifest import MANIFEST
 from megatron.errors import CheckpointError
 from megatron.logs import get_logger
 
@@ -42,8 +44,8 @@ def iteration_name(iteration: int) -> str:
 
 
 def format_of(directory: Path) -> Format | None:
-    """The format of a complete checkpoint in `directory`, told by its files; None if there is none."""
-    if (directory / FACTS).is_file() and (directory / INDEX).is_file():
+    """The format of the checkpoint in `directory`, told by its files; None if there is none."""
+    if (directory / MANIFEST).is_file() or ((directory / FACTS).is_file() and (directory / INDEX).is_file()):
         return NATIVE
     if directory.is_dir() and any(directory.glob(f"mp_rank_*/{LEGACY_FILE}")):
         return MEGATRON
@@ -69,7 +71,7 @@ def recognise(root: Path, iteration: int | None = None) -> Found:
 def recognise_if_any(root: Path, iteration: int | None = None) -> Found | None:
     """As `recognise`, but None where `root` holds no checkpoint at all and none was asked for by number."""
     if kind := format_of(root):
-        return _itself(root, kind, iteration)
+        return _whole(_itself(root, kind, iteration))
     by_iteration = iterations(root)
     if iteration is not None:
         if iteration not in by_iteration:
@@ -77,23 +79,58 @@ def recognise_if_any(root: Path, iteration: int | None = None) -> Found | None:
             raise CheckpointError(
                 f"{root / iteration_name(iteration)} holds no complete checkpoint. Iterations there: {there}"
             )
-        return by_iteration[iteration]
+        return _whole(by_iteration[iteration])
     release = root / RELEASE
     tracked = _tracked(root)
     if tracked == RELEASE and (kind := format_of(release)):
         return Found(release, 0, kind, release=True)
-    if tracked in by_iteration:
-        return by_iteration[tracked]
     if by_iteration:
-        newest = by_iteration[max(by_iteration)]
-        said = "is missing" if tracked is None else f"says {tracked!r}, which is not there"
-        _log.warning("%s %s: taking the newest complete iteration, %d.", root / TRACKER, said, newest.iteration)
-        return newest
+        return _newest(root, by_iteration, tracked)
     if kind := format_of(release):
         return Found(release, 0, kind, release=True)
     if tracked is not None:
         raise CheckpointError(f"{root / TRACKER} says {tracked!r}, but {root} holds no complete checkpoint")
     return None
+
+
+def _newest(root: Path, by_iteration: dict[int, Found], tracked: int | str | None) -> Found:
+    """The newest whole checkpoint. A damaged one is named and passed over.
+
+    Megatron's format has no manifest: of those that are newer than the tracker says nobody knows whether they were
+    written to their end, so they don't count.
+    """
+    damaged = []
+    for number in sorted(by_iteration, reverse=True):
+        candidate = by_iteration[number]
+        if candidate.format == MEGATRON and tracked in by_iteration and number > int(tracked):
+            continue
+        try:
+            found = _whole(candidate)
+        except CheckpointError as error:
+            _log.warning("%s; looking for an older one", error)
+            damaged.append(str(error))
+            continue
+        if found.iteration != tracked and not damaged:
+            said = "is missing" if tracked is None else f"says {tracked!r}"
+            _log.warning("%s %s: taking the newest whole iteration, %d.", root / TRACKER, said, found.iteration)
+        return found
+    raise CheckpointError(f"no intact checkpoint in {root}:\n  " + "\n  ".join(damaged))
+
+
+def _whole(found: Found) -> Found:
+    """`found`, once its files are known to be what was written. Raises CheckpointError."""
+    if found.format == NATIVE:
+        manifest.verify(found.directory)
+    return found
+
+
+def checkpoints_in(directory: Path) -> list[Found]:
+    """The checkpoint that `directory` is, or all those in it, oldest first; damaged ones too."""
+    if kind := format_of(directory):
+        return [_itself(directory, kind, None)]
+    release = directory / RELEASE
+    first = [Found(release, 0, kind, release=True)] if (kind := format_of(release)) else []
+    return first + [found for _, found in sorted(iterations(directory).items())]
 
 
 def iterations(root: Path) -> dict[int, Found]:

@@ -16,8 +16,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron import faults
 from megatron.checkpoint import commit
 from megatron.checkpoint.find import FACTS, INDEX, NATIVE, TENSORS, TRACKER, format_of, iteration_name
 from megatron.checkpoint.safe import read_dcp_metadata
@@ -48,15 +50,17 @@ def save(root: Path, iteration: int, state: RunState, tokenizer_files: Iterable[
     with commit.staged(final) as staging:
         facts["tokenizer_sha256"] = _copy_files(tokenizer_files, staging / TOKENIZER)
         written = json.dumps(facts, indent=1, sort_keys=True, allow_nan=False)
+        faults.point("native.facts")
         (staging / FACTS).write_text(written + "\n", encoding="utf-8")
         with _dcp_errors(final, writing=True):
             dcp.save(
                 {name: tensor.detach() for name, tensor in state.tensors.items()},
-                storage_writer=_Writer(staging / TENSORS, overwrite=False),
+                storage_writer=_Writer(staging / TENSORS),
                 planner=dcp.DefaultSavePlanner(flatten_state_dict=False),
                 no_dist=True,
             )
     commit.replace_file(root / TRACKER, f"{iteration}\n")
+    commit.sweep(root)
     return final
 
 
@@ -155,8 +159,33 @@ def tokenizer_files(directory: Path) -> dict[str, Path]:
     return files
 
 
+class _FileSystem(FileSystem):
+    """Torch's, with a fault point before each operation."""
+
+    @contextmanager
+    def create_stream(self, path, mode):
+        faults.point("tensors.open")
+        with super().create_stream(path, mode) as stream:
+            yield faults.watched(stream, "tensors.write")
+
+    def mkdir(self, path) -> None:
+        faults.point("tensors.mkdir")
+        super().mkdir(path)
+
+    def rename(self, path, new_path) -> None:
+        faults.point("tensors.rename")
+        super().rename(path, new_path)
+
+
 class _Writer(dcp.FileSystemWriter):
-    """Leaves out the identity of the save and its path: the same state gives the same index."""
+    """Leaves out the identity of the save and its path: the same state gives the same index.
+
+    Flushing is left to commit.py, which does it while it computes checksums.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, overwrite=False, sync_files=False)
+        self.fs = _FileSystem()
 
     def storage_meta(self) -> None:
         return None
@@ -204,6 +233,7 @@ def _copy_files(files: Iterable[Path], target: Path) -> dict[str, str]:
     for file in files:
         if file.name in hashes:
             raise CheckpointError(f"two tokenizer files are called {file.name}: rename one of them")
+        faults.point("native.tokenizer")
         target.mkdir(exist_ok=True)
         shutil.copyfile(file, target / file.name)
         hashes[file.name] = _sha256(target / file.name)

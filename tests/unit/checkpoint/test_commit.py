@@ -38,7 +38,7 @@ def test_a_replacement_takes_over_as_a_whole(tmp_path):
         with commit.staged(final) as staging:
             (staging / content).write_text(content)
     assert names(tmp_path) == ["it"]
-    assert names(final) == ["b"]
+    assert names(final) == ["b", "manifest.json"]
 
 
 @pytest.mark.parametrize("existing", [True, False])

@@ -2,7 +2,9 @@ import logging
 
 import pytest
 
+from megatron.checkpoint import manifest
 from megatron.checkpoint.find import Found, format_of, recognise, recognise_if_any
+from megatron.checkpoint.manifest import MANIFEST
 from megatron.errors import CheckpointError
 
 
@@ -10,6 +12,7 @@ def native(directory):
     (directory / "tensors").mkdir(parents=True)
     (directory / "tensors" / ".metadata").write_bytes(b"")
     (directory / "facts.json").write_text("{}")
+    (directory / MANIFEST).write_bytes(manifest.build(directory, lambda path: None))
     return directory
 
 
@@ -29,10 +32,13 @@ def test_formats_are_told_by_content(tmp_path):
     assert format_of(tmp_path) is None
     assert format_of(tmp_path / "none") is None
     (tmp_path / "a" / "facts.json").unlink()
+    assert format_of(tmp_path / "a") == "native", "damaged, but there: not to be taken for nothing"
+    (tmp_path / "a" / MANIFEST).unlink()
     assert format_of(tmp_path / "a") is None
 
 
-def test_the_tracker_decides(tmp_path, caplog):
+def test_megatron_checkpoints_beyond_the_tracker_do_not_count(tmp_path, caplog):
+    """They have no manifest: nobody knows whether they were written to their end."""
     native(tmp_path / "iter_0000010")
     megatron(tmp_path / "iter_0000020")
     track(tmp_path, "10\n")
@@ -52,7 +58,16 @@ def test_without_a_good_tracker_the_newest_is_taken_and_that_is_said(tmp_path, c
         track(tmp_path, text)
     with caplog.at_level(logging.WARNING):
         assert recognise(tmp_path).iteration == 20
-    assert "newest complete iteration, 20" in caplog.text
+    assert "newest whole iteration, 20" in caplog.text
+
+
+def test_a_native_checkpoint_beyond_the_tracker_is_whole_and_newer(tmp_path, caplog):
+    """A save that was killed before it came to the tracker."""
+    native(tmp_path / "iter_0000010")
+    native(tmp_path / "iter_0000020")
+    track(tmp_path, "10\n")
+    assert recognise(tmp_path).iteration == 20
+    assert "says 10: taking the newest whole iteration, 20" in caplog.text
 
 
 def test_releases(tmp_path):

@@ -47,7 +47,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, state):
     directory = native.save(tmp_path, 1200, state)
     assert directory == tmp_path / "iter_0001200"
     assert names(tmp_path) == ["iter_0001200", "latest_checkpointed_iteration.txt"]
-    assert names(directory) == ["facts.json", "tensors"]
+    assert names(directory) == ["facts.json", "manifest.json", "tensors"]
     targets = blank(state.tensors)
     native.load(directory, targets)
     assert_equal(targets, state.tensors)

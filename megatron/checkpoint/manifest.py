@@ -1,0 +1,118 @@
+"""The manifest of a checkpoint: size and SHA-256 of every file in it, and the check against it.
+
+A directory with a manifest was written to its end, one that passes `verify` is bit for bit what was written. The
+hashes guard against accidents; against malice there are the restricted readers (safe.py).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from megatron.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+_FORMAT = "ee-llm-manifest"
+_BLOCK = 1 << 20
+
+
+def build(directory: Path, flush: Callable[[Path], None]) -> bytes:
+    """The manifest of what lies in `directory`, after `flush` was called for each file and each directory below.
+
+    Flushing and hashing go on side by side: one waits for the disk, the other for the processor.
+    """
+    files, folders = _tree(directory)
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        flushed = [pool.submit(flush, path) for path in (*files.values(), *folders)]
+        entries = dict(zip(files, pool.map(_describe, files.values()), strict=True))
+        for result in flushed:
+            result.result()
+    return _encode(entries)
+
+
+def verify(directory: Path) -> dict[str, int]:
+    """Compare `directory` with its manifest; returns file name -> size in bytes.
+
+    Raises:
+        CheckpointError: there is no manifest, it is damaged, or a file is missing, extra or not as it was written;
+            the message names all such files.
+    """
+    entries = _read(directory)
+    files, _ = _tree(directory)
+    files.pop(MANIFEST, None)
+    problems = [f"{name} is missing" for name in entries.keys() - files.keys()]
+    problems += [f"{name} does not belong there" for name in files.keys() - entries.keys()]
+    problems += _differences(entries, files)
+    if problems:
+        raise CheckpointError(f"{directory} is damaged: {'; '.join(sorted(problems))}")
+    return {name: entry["size"] for name, entry in sorted(entries.items())}
+
+
+def _differences(entries: dict[str, dict[str, Any]], files: dict[str, Path]) -> Iterable[str]:
+    names = sorted(entries.keys() & files.keys())
+    sized = [name for name in names if files[name].stat().st_size == entries[name]["size"]]
+    for name in sorted(set(names) - set(sized)):
+        yield f"{name} has {files[name].stat().st_size:,} bytes instead of {entries[name]['size']:,}"
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for name, found in zip(sized, pool.map(_describe, (files[name] for name in sized)), strict=True):
+            if found["sha256"] != entries[name]["sha256"]:
+                yield f"{name} has another content than was written"
+
+
+def _tree(directory: Path) -> tuple[dict[str, Path], list[Path]]:
+    """Files by their name relative to `directory`, and all directories, it included, deepest first."""
+    paths = sorted(directory.rglob("*"), reverse=True)
+    files = {path.relative_to(directory).as_posix(): path for path in paths if not path.is_dir() or path.is_symlink()}
+    return files, [*(path for path in paths if path.is_dir() and not path.is_symlink()), directory]
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0, opener=_no_link) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
+    return {"sha256": digest.hexdigest(), "size": size}
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
+
+
+def _encode(entries: dict[str, dict[str, Any]]) -> bytes:
+    """One way to write each manifest, closed by a hash of itself: a changed byte anywhere shows."""
+    plain = {"files": entries, "format": _FORMAT, "version": 1}
+    own = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return (json.dumps(plain | {"sha256": own}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _read(directory: Path) -> dict[str, dict[str, Any]]:
+    path = directory / MANIFEST
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} was not written to its end: it has no {MANIFEST}") from None
+    except OSError as error:
+        raise CheckpointError(f"{directory} is not whole: {MANIFEST} cannot be read ({error.strerror})") from error
+    try:
+        found = json.loads(content)
+        entries = {
+            _plain_name(name): {"sha256": str(entry["sha256"]), "size": int(entry["size"])}
+            for name, entry in found["files"].items()
+        }
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{directory} is damaged: {MANIFEST} is none ({error})") from error
+    if found.get("format") == _FORMAT and found.get("version") != 1:
+        raise CheckpointError(f"{path} has version {found.get('version')}; this program reads 1: update it")
+    if _encode(entries) != content:
+        raise CheckpointError(f"{directory} is damaged: {MANIFEST} is not as it was written")
+    return entries
+
+
+def _plain_name(name: str) -> str:
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise ValueError(f"it names {name!r}, outside its directory")
+    return name

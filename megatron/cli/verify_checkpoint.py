@@ -1,0 +1,62 @@
+"""`tools/verify_checkpoint.py DIR`: what is in a checkpoint, or in each of a directory, and whether it is whole."""
+
+import argparse
+import math
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron.checkpoint import manifest, native
+from megatron.checkpoint.find import NATIVE, Found, checkpoints_in
+from megatron.checkpoint.state import MODEL
+from megatron.cli.guard import run_guarded
+from megatron.errors import CheckpointError
+
+_MOST_NAMES = 40
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit code: 4 where anything is damaged or nothing is there."""
+    about = "Say what is in a checkpoint, or in each of a directory of them, and whether it is whole."
+    parser = argparse.ArgumentParser(prog="verify_checkpoint.py", description=about, allow_abbrev=False)
+    parser.add_argument("directory", type=Path, metavar="DIR", help="as of --save, or one iteration in it")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor: name, shape, type")
+    options = parser.parse_args(argv)
+    return run_guarded(lambda: _run(options.directory, options.tensors), "\nstopped")
+
+
+def _run(directory: Path, tensors: bool) -> None:
+    found = checkpoints_in(directory)
+    if not found:
+        raise CheckpointError(f"{directory} holds no checkpoint")
+    damaged = [checkpoint.directory for checkpoint in found if not _report(checkpoint, tensors)]
+    if damaged:
+        raise CheckpointError(f"{len(damaged)} of {len(found)} damaged: {', '.join(path.name for path in damaged)}")
+
+
+def _report(found: Found, tensors: bool) -> bool:
+    """Write what there is to say; whether it is whole as far as can be known."""
+    sys.stdout.write(f"{found.directory}\n")
+    if found.format != NATIVE:
+        sys.stdout.write("  Megatron's format: it carries no checksums\n")
+        return True
+    try:
+        sizes = manifest.verify(found.directory)
+        facts, index = native.read_facts(found.directory), native.tensor_index(found.directory)
+    except CheckpointError as error:
+        sys.stdout.write(f"  DAMAGED: {error}\n")
+        return False
+    sys.stdout.write(
+        f"  whole: {len(sizes)} files, {sum(sizes.values()) / 1e6:,.1f} MB, every byte as it was written\n"
+        f"  iteration {facts['iteration']:,}, {facts.get('consumed_samples', 0):,} samples, written with torch "
+        f"{facts.get('torch', '?')}\n"
+    )
+    kinds = Counter("model" if name.startswith(MODEL) else name.split("/")[0] for name in index)
+    parameters = sum(math.prod(shape) for name, (shape, _) in index.items() if name.startswith(MODEL))
+    parts = ", ".join(f"{count} {kind} tensors" for kind, count in kinds.items())
+    sys.stdout.write(f"  {parts}; {parameters:,} parameters\n")
+    if tensors:
+        for name, (shape, dtype) in sorted(index.items()):
+            sys.stdout.write(f"    {name} {list(shape)} {str(dtype).removeprefix('torch.')}\n")
+    return True

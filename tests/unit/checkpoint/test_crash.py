@@ -1,0 +1,115 @@
+"""A save that is killed, or meets a full or read-only disk, at every single one of its file operations (R5, R7)."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron import faults
+from megatron.checkpoint import native
+from megatron.checkpoint.find import TRACKER, recognise
+from megatron.checkpoint.state import RunState
+from megatron.errors import StorageError
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+OLD, NEW = 5, 6
+
+
+def state(value: float) -> RunState:
+    tensors = {f"model/layers.{i}.weight": torch.full((16, 16), value + i) for i in range(3)}
+    return RunState(tensors, {"consumed_samples": int(value)})
+
+
+def save(root: Path, iteration: int, value: float) -> None:
+    words = root.parent / "vocab.json"
+    words.write_text("{}")
+    native.save(root, iteration, state(value), [words])
+
+
+def points(tmp_path: Path, iteration: int) -> int:
+    """How many file operations a save of `iteration` over an old one takes."""
+    root = tmp_path / "count"
+    save(root, OLD, 1)
+    with faults.armed() as names:
+        save(root, iteration, 2)
+    return len(names)
+
+
+def killed(action: Callable[[], None], words: str) -> bool:
+    """Run `action` in a child process with armed faults; whether it was killed."""
+    child = os.fork()
+    if child == 0:
+        with faults.armed(words):
+            action()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def assert_whole(root: Path, allowed: dict[int, list[float]]) -> None:
+    """What is found is one of the two saves, all of it."""
+    found = recognise(root)
+    loaded = native.read(found.directory)
+    value = float(loaded.facts["consumed_samples"])
+    assert value in allowed[found.iteration]
+    expected = state(value).tensors
+    assert all(torch.equal(loaded.tensors[name], expected[name]) for name in expected)
+    assert list(native.tokenizer_files(found.directory)) == ["vocab.json"]
+
+
+@pytest.mark.parametrize("iteration", [OLD, NEW], ids=["same iteration", "next iteration"])
+def test_killed_before_every_file_operation(tmp_path: Path, iteration: int) -> None:
+    count = points(tmp_path, iteration)
+    assert count > 15
+    for number in range(1, count + 1):
+        root = tmp_path / str(number)
+        save(root, OLD, 1)
+        assert killed(lambda root=root: save(root, iteration, 2), f"@{number}:die")
+        assert_whole(root, {OLD: [1.0, 2.0], NEW: [2.0]} if iteration == NEW else {OLD: [1.0, 2.0]})
+        save(root, 7, 3)
+        expected = {f"iter_{i:07d}" for i in (OLD, 7)} | {TRACKER}
+        assert {path.name for path in root.iterdir()} - {"iter_0000006"} == expected
+        assert_whole(root, {7: [3.0]})
+
+
+@pytest.mark.parametrize("fault", ["enospc", "erofs"])
+@pytest.mark.parametrize("iteration", [OLD, NEW], ids=["same iteration", "next iteration"])
+def test_a_disk_that_refuses_every_file_operation(tmp_path: Path, iteration: int, fault: str) -> None:
+    failed = 0
+    for number in range(1, points(tmp_path, iteration) + 1):
+        root = tmp_path / str(number)
+        save(root, OLD, 1)
+        try:
+            with faults.armed(f"@{number}:{fault}"):
+                save(root, iteration, 2)
+        except StorageError:
+            failed += 1
+        assert_whole(root, {OLD: [1.0, 2.0], NEW: [2.0]})
+        left = {path.name for path in root.iterdir()} - {TRACKER, "iter_0000005", "iter_0000006"}
+        assert not left
+    assert failed > 15
+
+
+@pytest.mark.slow
+def test_killed_at_200_random_moments(tmp_path: Path) -> None:
+    import random
+    import time
+
+    root, draw = tmp_path / "run", random.Random(1)
+    save(root, 1, 1)
+    hits = 0
+    for iteration in range(2, 202):
+        child = os.fork()
+        if child == 0:
+            save(root, iteration, float(iteration))
+            os._exit(0)
+        time.sleep(draw.uniform(0, 0.05))
+        os.kill(child, signal.SIGKILL)
+        hits += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+        found = recognise(root)
+        assert_whole(root, {found.iteration: [float(found.iteration)]})
+    save(root, 300, 300)
+    assert not [path for path in root.iterdir() if "-" in path.name or path.name.endswith(".tmp")]
+    assert hits > 50

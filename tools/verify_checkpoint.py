@@ -1,0 +1,12 @@
+"""What is in a checkpoint and whether it is whole: python tools/verify_checkpoint.py --help."""
+
+import sys
+from pathlib import Path
+
+# the package of this checkout, wherever the script is called from and whatever else is installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron.cli.verify_checkpoint import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
