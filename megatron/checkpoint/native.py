@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron import faults
 from megatron.checkpoint import commit
-from megatron.checkpoint.find import FACTS, INDEX, NATIVE, TENSORS, TRACKER, format_of, iteration_name
+from megatron.checkpoint.find import FACTS, INDEX, NATIVE, TENSORS, TRACKER, format_of, iteration_name, iterations
 from megatron.checkpoint.safe import read_dcp_metadata
 from megatron.checkpoint.state import PADDING, Entry, RunState, check, copy_padding, entries, without
 from megatron.checkpoint.typed import count, mapping, text
 from megatron.errors import CheckpointError, StorageError
+from megatron.logs import get_logger
 
+_log = get_logger(__name__)
 VERSION = 1
 TOKENIZER = "tokenizer"
 
@@ -62,6 +64,21 @@ def save(root: Path, iteration: int, state: RunState, tokenizer_files: Iterable[
     commit.replace_file(root / TRACKER, f"{iteration}\n")
     commit.sweep(root)
     return final
+
+
+def prune(root: Path, keep: int, protected: Container[int] = ()) -> None:
+    """Remove all native checkpoints in `root` but the newest `keep` and the `protected` iterations.
+
+    One that can't be removed is said and stays.
+    """
+    found = iterations(root)
+    ours = sorted(number for number, checkpoint in found.items() if checkpoint.format == NATIVE)
+    for number in ours[:-keep]:
+        if number not in protected:
+            try:
+                commit.remove(found[number].directory)
+            except StorageError as error:
+                _log.warning("%s", error)
 
 
 def load(

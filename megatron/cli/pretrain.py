@@ -14,6 +14,7 @@ from megatron.logs import get_logger, setup_logging
 from megatron.train import checkpoints
 from megatron.train.build import build_trainer
 from megatron.train.loop import train
+from megatron.train.status import reported
 
 log = get_logger(__name__)
 ENTRY = "pretrain_early_exit_gpt.py"
@@ -31,7 +32,9 @@ def _pretrain(argv: list[str]) -> None:
     parameters = sum(p.numel() for p in trainer.model.parameters())
     log.info("model: %s parameters on %s (tp=1 pp=1 dp=1)", f"{parameters:,}", trainer.mesh.backend.name())
     checkpoints.start(trainer)
-    log.info("run ended: %s", train(trainer))
+    with reported(trainer) as status:
+        status.reason = train(trainer, status.started)
+    log.info("run ended: %s", status.reason)
 
 
 def resolve_config(argv: list[str]) -> RunConfig:

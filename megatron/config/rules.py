@@ -17,7 +17,14 @@ AT_LEAST_ONE = (
     *("padded_vocab_size", "window_size", "rope_original_max_position_embeddings", "vocab_size"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size"),
     *("global_batch_size", "train_iters", "train_samples", "eval_interval", "exit_interval"),
-    *("recompute_num_layers", "max_nonfinite_steps", "hysteresis", "save_interval", "log_interval"),
+    *(
+        "keep_last_n_checkpoints",
+        "recompute_num_layers",
+        "max_nonfinite_steps",
+        "hysteresis",
+        "save_interval",
+        "log_interval",
+    ),
     *("tracker_log_interval", "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters"),
     "lr_wsd_decay_samples",
 )

@@ -16,6 +16,9 @@ class CheckpointConfig:
 
     save: str | None = setting(None, "Directory that checkpoints are written to.", metavar="DIR")
     save_interval: int | None = setting(None, "Iterations between checkpoints.")
+    keep_last_n_checkpoints: int | None = setting(
+        None, "Remove older native checkpoints in --save after each save. Default: keep all."
+    )
     load: str | None = setting(
         None, "Directory of a checkpoint to start from: native or Megatron's, by content.", metavar="DIR"
     )

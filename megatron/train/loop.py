@@ -2,11 +2,12 @@
 
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from megatron.checkpoint import native
 from megatron.checkpoint.find import NATIVE, iterations
 from megatron.config.load import to_dict
 from megatron.data.build import Dataset
@@ -25,13 +26,16 @@ from megatron.train.trainer import Trainer
 
 log = get_logger(__name__)
 
+MOST_FAILED_SAVES = 3
+
 
 @dataclass
 class Session:
     """One start of a run: the trainer plus what it talks to.
 
     loaded: iteration that it began at; saved: of the newest checkpoint; good: of the newest one whose weights are
-    known to give finite losses (0: none); bad_steps: non-finite steps in a row; save_due: a save was put off.
+    known to give finite losses (0: none); bad_steps: non-finite steps in a row; save_due: a save was put off;
+    failed_saves: those in a row that the storage refused.
     """
 
     trainer: Trainer
@@ -45,15 +49,19 @@ class Session:
     good: int = 0
     bad_steps: int = 0
     save_due: bool = False
+    failed_saves: int = 0
 
 
-def train(trainer: Trainer) -> str:
+def train(trainer: Trainer, started: Callable[[], None] = lambda: None) -> str:
     """Run until the end of training or a reason to stop; returns that reason in words.
+
+    `started` is called once data and places for results are known to be good, before the first step.
 
     The trainer must have its values (`checkpoints.start`). Raises NonFiniteError after too many bad steps in a row.
     """
     with StopSignal() as stop:
         session = _open(trainer, stop)
+        started()
         try:
             if trainer.config.training.skip_train:
                 return _evaluate_only(session)
@@ -186,9 +194,21 @@ def _reason_to_stop(session: Session) -> str | None:
 def _save_unless_suspect(session: Session) -> None:
     """Save, or put it off until a step is finite: weights that give no finite loss should not become the newest."""
     if session.bad_steps == 0:
-        _save_if_new(session)
+        _save_or_go_on(session)
     elif session.trainer.config.checkpoint.save:
         session.console.say(f"saving is put off: non-finite steps in a row: {session.bad_steps}")
+
+
+def _save_or_go_on(session: Session) -> None:
+    """Save; where the storage fails, training goes on until the next save, but not for ever."""
+    try:
+        _save_if_new(session)
+    except StorageError as error:
+        session.save_due = False
+        session.failed_saves += 1
+        if session.failed_saves >= MOST_FAILED_SAVES:
+            raise
+        session.console.say(f"{error}; training goes on, and stops after {MOST_FAILED_SAVES} such failures in a row")
 
 
 def _save_if_new(session: Session) -> None:
@@ -200,6 +220,12 @@ def _save_if_new(session: Session) -> None:
         checkpoints.save(trainer)
         session.saved = trainer.progress.iteration
         session.save_due = False
+        session.failed_saves = 0
+        if trainer.config.checkpoint.keep_last_n_checkpoints:
+            protected = {session.good} if session.good else set()
+            native.prune(
+                Path(trainer.config.checkpoint.save), trainer.config.checkpoint.keep_last_n_checkpoints, protected
+            )
 
 
 def _guard(session: Session, report: StepReport) -> None:

@@ -323,6 +323,7 @@ def test_training_needs() -> None:
     [
         ({"sequence_parallel": True}, None, "with one tensor-parallel rank: --sequence-parallel"),
         ({"save_interval": 5}, {"save": "d"}, "without --save: --save-interval"),
+        ({"keep_last_n_checkpoints": 5}, {"save": "d"}, "--keep-last-n-checkpoints"),
         ({"finetune": True, "load_optim": False}, {"load": "d"}, "without --load: --no-load-optim, --finetune"),
         ({"exit_layer_weight_init": (1.0,)}, {"exit_layer_weight_warmup_iters": 2}, "--exit-layer-weight-init"),
         ({"rotary_base": 500.0}, ROPE, "--rotary-base"),
