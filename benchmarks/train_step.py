@@ -11,15 +11,9 @@ import torch
 from report import Figure, alternate, arguments, finish, ratio
 
 from megatron.config.model import ExitConfig, ModelConfig
-from megatron.config.training import OptimizerConfig
-from megatron.exits.loss import Objective
-from megatron.exits.spec import FINAL
-from megatron.model.stage import Stage
-from megatron.optim.optimizer import TrainingOptimizer
-from megatron.schedule.execute import run
-from megatron.schedule.generate import one_f_one_b
-from megatron.testing.step_memory import measure_in_fresh_process
-from megatron.testing.tiny import build_gpt, random_batch
+from megatron.testing.step_memory import measure_in_fresh_process, training_step
+from megatron.testing.tiny import random_batch
+from megatron.train.flops import training_flops_per_token
 
 EXITS = ((), (2,), (2, 4), (2, 4, 6))
 
@@ -46,21 +40,9 @@ class Shape:
 
 
 def our_step(shape: Shape, exits: tuple[int, ...]) -> Callable[[], None]:
-    """Forward, all heads, backward, clipping and AdamW."""
-    model = build_gpt(shape.config(), ExitConfig(exit_layer_nums=exits), shape.vocab, shape.vocab)
-    for parameter in model.parameters():
-        parameter.grad = parameter.main_grad = None
-    optimizer = TrainingOptimizer(model.named_parameters(), OptimizerConfig())
-    stage, batch = Stage(model), random_batch(shape.batch, shape.length, shape.vocab)
-    goal = Objective({**dict.fromkeys(map(str, exits), 0.5), FINAL: 1.0}, {}, frozenset(), 1)
-    model.train()
-
-    def step() -> None:
-        optimizer.zero_grad()
-        run(one_f_one_b(1, 1)[0], stage, [batch], [None], goal)
-        optimizer.step(1e-3, 0.01, 1.0, True)
-
-    return step
+    """Ours, with these exits."""
+    batch = random_batch(shape.batch, shape.length, shape.vocab)
+    return training_step(shape.config(), ExitConfig(exit_layer_nums=exits), shape.vocab, batch)[1]
 
 
 def transformers_step(shape: Shape) -> Callable[[], None] | None:
@@ -75,7 +57,7 @@ def transformers_step(shape: Shape) -> Callable[[], None] | None:
         max_position_embeddings=shape.length, tie_word_embeddings=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
     tokens = torch.randint(0, shape.vocab, (shape.batch, shape.length))
 
     def step() -> None:
@@ -89,8 +71,6 @@ def transformers_step(shape: Shape) -> Callable[[], None] | None:
 
 def prediction(shape: Shape, exits: int) -> float:
     """What share more FLOPs than without exits: each exit is one more output matrix."""
-    from megatron.train.flops import training_flops_per_token
-
     config = shape.config()
     plain, with_exits = (
         training_flops_per_token(config, ExitConfig(exit_layer_nums=numbers), shape.vocab)

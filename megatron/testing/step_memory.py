@@ -8,20 +8,43 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from megatron.config.model import ExitConfig, ModelConfig
 from megatron.config.training import OptimizerConfig
+from megatron.data.loader import Microbatch
 from megatron.exits.loss import Objective
 from megatron.exits.spec import FINAL
+from megatron.model.gpt import GPT
 from megatron.model.stage import Stage
 from megatron.optim.optimizer import TrainingOptimizer
 from megatron.parallel.backend import peak_resident_bytes
 from megatron.schedule.execute import run
 from megatron.schedule.generate import one_f_one_b
 from megatron.testing.tiny import build_gpt, random_batch
+
+
+def training_step(
+    config: ModelConfig, exits: ExitConfig, vocab: int, batch: Microbatch
+) -> tuple[GPT, Callable[[], None]]:
+    """A model, and its training step on one microbatch: forward, all heads, backward, clipping and AdamW."""
+    model = build_gpt(config, exits, vocab, vocab)
+    for parameter in model.parameters():
+        parameter.grad = parameter.main_grad = None
+    optimizer, stage = TrainingOptimizer(model.named_parameters(), OptimizerConfig()), Stage(model)
+    weights = {**dict.fromkeys(map(str, exits.exit_layer_nums), 0.5), FINAL: 1.0}
+    goal = Objective(weights, {}, frozenset(), num_microbatches=1)
+    actions = one_f_one_b(1, 1)[0]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        run(actions, stage, [batch], [None], goal)
+        optimizer.step(1e-3, 0.0, 1.0, True)
+
+    return model, step
 
 
 def measure(exits: list[int], sizes: dict[str, int], steps: int = 2) -> dict[str, int]:
@@ -31,16 +54,9 @@ def measure(exits: list[int], sizes: dict[str, int], steps: int = 2) -> dict[str
     vocab, batch, length = sizes.pop("vocab"), sizes.pop("batch"), sizes["seq_length"]
     config = ModelConfig(attention_dropout=0.0, hidden_dropout=0.0, **sizes)
     exit_config = ExitConfig(exit_layer_nums=tuple(exits), exit_norm="own" if exits else "none")
-    model = build_gpt(config, exit_config, vocab, vocab)
-    for parameter in model.parameters():
-        parameter.grad = parameter.main_grad = None
-    optimizer = TrainingOptimizer(model.named_parameters(), OptimizerConfig())
-    stage, data = Stage(model), random_batch(batch, length, vocab)
-    goal = Objective({**dict.fromkeys(map(str, exits), 0.5), FINAL: 1.0}, {}, frozenset(), 1)
+    model, step = training_step(config, exit_config, vocab, random_batch(batch, length, vocab))
     for _ in range(steps):
-        optimizer.zero_grad()
-        run(one_f_one_b(1, 1)[0], stage, [data], [None], goal)
-        optimizer.step(1e-3, 0.0, 1.0, True)
+        step()
     parameters = sum(p.numel() for p in model.parameters())
     return {"peak": peak_resident_bytes() - empty, "state": parameters * 4 * 4, "threads": threading.active_count()}
 
