@@ -35,7 +35,7 @@ CLEARLY = 1.08  # bf16 rounds: it must gain this much, where fp32 is an option
 def measure(flags: list[str], threads: int, seconds: float) -> float:
     """Tokens per second of the training step, by the median of as many steps as fit into `seconds`."""
     torch.set_num_threads(threads)
-    trainer = build_trainer(resolve_config(flags))
+    trainer = build_trainer(resolve_config(flags)[0])
     checkpoints.start(trainer)
     stream = microbatches(trainer, make_datasets(trainer).train, 0)
     times: list[float] = []

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.checkpoint.find import recognise
+from megatron.checkpoint.find import Found, recognise
 from megatron.checkpoint.stored_run import stored_args, stored_config
 from megatron.cli.guard import run_guarded
 from megatron.config.flags import read_argv
@@ -27,26 +27,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _pretrain(argv: list[str]) -> None:
-    config = resolve_config(argv)
+    config, found = resolve_config(argv)
     trainer = build_trainer(config)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     log.info("model: %s parameters on %s (tp=1 pp=1 dp=1)", f"{parameters:,}", trainer.mesh.backend.name())
-    checkpoints.start(trainer)
+    checkpoints.start(trainer, found)
     with reported(trainer) as status:
         status.reason = train(trainer, status.started)
     log.info("run ended: %s", status.reason)
 
 
-def resolve_config(argv: list[str]) -> RunConfig:
-    """The run's config from flags, config file and, where asked for, the checkpoint that --load names.
+def resolve_config(argv: list[str]) -> tuple[RunConfig, Found | None]:
+    """The run's config from flags, config file and --load's checkpoint; and that checkpoint if asked, verified once.
 
     With --load and no --num-layers the checkpoint says what isn't given: `--load DIR` alone continues or evaluates.
     """
     answers, config_file = read_argv(argv, ENTRY)
     given = answers.values
-    base = None
+    base = found = None
     if given.get("load") and "num_layers" not in given and config_file is None and "use_checkpoint_args" not in given:
-        base = stored_config(recognise(Path(given["load"]), given.get("load_iteration") or None))
+        found = recognise(Path(given["load"]), given.get("load_iteration") or None)
+        base = stored_config(found)
     loaded = load(argv, ENTRY, base)
     for note in loaded.notes:
         log.info("%s", note)
@@ -54,4 +55,4 @@ def resolve_config(argv: list[str]) -> RunConfig:
     if config.checkpoint.use_checkpoint_args and (found := checkpoints.find(config)):
         config = merge_checkpoint_args(config, loaded.given, stored_args(found), str(found.directory))
     check_training(config)
-    return config
+    return config, found

@@ -94,9 +94,12 @@ def save(trainer: Trainer) -> Path:
     return directory
 
 
-def start(trainer: Trainer) -> None:
-    """Give the trainer its first values: from --load where there is a checkpoint, else freshly drawn."""
-    found = find(trainer.config)
+def start(trainer: Trainer, found: Found | None = None) -> None:
+    """Give the trainer its first values: from --load where there is a checkpoint, else freshly drawn.
+
+    `found`: the checkpoint that --load means, where it is known already.
+    """
+    found = found or find(trainer.config)
     if found is None:
         initialise(trainer.model, trainer.config.training.seed, trainer.vocab_size)
         if trainer.optimizer is not None:
