@@ -29,6 +29,7 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
+            faults.point("file.flush")
             os.fsync(file.fileno())
         faults.point("file.rename")
         os.replace(temporary, path)

@@ -93,6 +93,7 @@ def sweep(root: Path) -> None:
                 faults.point("commit.sweep")
                 shutil.rmtree(path)
             elif _UNFINISHED_FILE.fullmatch(path.name):
+                faults.point("commit.sweep_file")
                 path.unlink()
 
 
@@ -116,6 +117,7 @@ def _take_name(staging: Path, final: Path) -> None:
         staging.rename(final)
     except OSError:
         if replacing:
+            faults.point("commit.undo")
             old.rename(final)
         raise
     try:

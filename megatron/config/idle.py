@@ -13,7 +13,11 @@ def _tokenizer_uses(*types: str) -> Callable[[RunConfig], bool]:
 # fields, when they do something, and what is lacking where they don't
 _ROWS: tuple[tuple[tuple[str, ...], Callable[[RunConfig], bool], str], ...] = (
     (("sequence_parallel",), lambda c: c.parallel.tensor_model_parallel_size > 1, "with one tensor-parallel rank"),
-    (("save_interval", "keep_last_n_checkpoints"), lambda c: c.checkpoint.save is not None, "without --save"),
+    (
+        ("save_interval", "keep_last_n_checkpoints", "async_save"),
+        lambda c: c.checkpoint.save is not None,
+        "without --save",
+    ),
     (
         ("load_iteration", "load_optim", "finetune", "exit_on_missing_checkpoint"),
         lambda c: c.checkpoint.load is not None,

@@ -102,7 +102,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     ("tuning exits on a frozen backbone is not in this version yet", "--tune-exit"),
     (
         "not in this version yet",
-        "--async-save --tie-exit-output-weights --dry-run --trace",
+        "--tie-exit-output-weights --dry-run --trace",
     ),
     ("was replaced in Megatron-LM; use --micro-batch-size", "--batch-size"),
     ("was replaced in Megatron-LM; use --lr-warmup-fraction", "--warmup"),

@@ -19,6 +19,9 @@ class CheckpointConfig:
     keep_last_n_checkpoints: int | None = setting(
         None, "Remove older native checkpoints in --save after each save. Default: keep all."
     )
+    async_save: bool = setting(
+        False, "Write checkpoints while training goes on; takes CPU memory for a copy of the state."
+    )
     load: str | None = setting(
         None, "Directory of a checkpoint to start from: native or Megatron's, by content.", metavar="DIR"
     )

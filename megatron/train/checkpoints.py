@@ -1,6 +1,7 @@
 """What of a trainer goes into a checkpoint, and how one comes back: native or Megatron's, told apart by content."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from megatron.checkpoint import megatron_legacy, native
 from megatron.checkpoint.find import NATIVE, Found, recognise_if_any
 from megatron.checkpoint.run_facts import read_run_facts
+from megatron.checkpoint.snapshot import Snapshot
 from megatron.checkpoint.state import MODEL, OPTIMIZER, RunState, copy_into
 from megatron.config.load import from_checkpoint, save_config, to_dict
 from megatron.config.run import RunConfig
@@ -81,17 +83,31 @@ def facts(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def save(trainer: Trainer) -> Path:
-    """Write a native checkpoint of the run's present state under --save; returns its directory.
+def tensors_to_save(trainer: Trainer) -> dict[str, Tensor]:
+    """Checkpoint key -> live view, for what --save writes."""
+    return state_tensors(trainer, optimizer=trainer.config.checkpoint.save_optim)
+
+
+def capture(trainer: Trainer, snapshot: Snapshot | None = None) -> RunState:
+    """What a checkpoint of this moment holds; with `snapshot` it stays as it is while training goes on."""
+    tensors = tensors_to_save(trainer)
+    return RunState(snapshot.take(tensors) if snapshot else tensors, facts(trainer))
+
+
+def write(config: RunConfig, state: RunState, tokenizer_files: Iterable[Path]) -> Path:
+    """Write a native checkpoint under --save; returns its directory.
 
     The config lies in the checkpoint and, for `--config`, as `config.yaml` beside it.
     """
-    config = trainer.config.checkpoint
-    state = RunState(state_tensors(trainer, optimizer=config.save_optim), facts(trainer))
-    directory = native.save(Path(config.save), trainer.progress.iteration, state, trainer.tokenizer.files())
-    save_config(directory.parent / "config.yaml", trainer.config)
-    log.info("saved %s", directory)
+    root = Path(config.checkpoint.save)
+    directory = native.save(root, state.facts["iteration"], state, tokenizer_files)
+    save_config(root / "config.yaml", config)
     return directory
+
+
+def save(trainer: Trainer) -> Path:
+    """Write a checkpoint of the run's present state under --save; returns its directory."""
+    return write(trainer.config, capture(trainer), trainer.tokenizer.files())
 
 
 def start(trainer: Trainer, found: Found | None = None) -> None:

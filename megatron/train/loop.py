@@ -7,35 +7,30 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from megatron.checkpoint import native
 from megatron.checkpoint.find import NATIVE, iterations
 from megatron.config.load import to_dict
 from megatron.data.build import Dataset
 from megatron.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StorageError
 from megatron.logs import get_logger
 from megatron.model.stage import TokenBatch
-from megatron.train import checkpoints
 from megatron.train.batch_size import global_batch_size, is_finished, training_length
 from megatron.train.console import Console, Stopwatch
 from megatron.train.data import Datasets, make_datasets, microbatches, step_batches
 from megatron.train.evaluate import evaluate, metric_names
 from megatron.train.metrics import Reporter, next_run, open_reporter, step_record
+from megatron.train.saving import Saver
 from megatron.train.signals import StopSignal
 from megatron.train.step import StepReport, train_step
 from megatron.train.trainer import Trainer
 
 log = get_logger(__name__)
 
-MOST_FAILED_SAVES = 3
-
 
 @dataclass
 class Session:
     """One start of a run: the trainer plus what it talks to.
 
-    loaded: iteration that it began at; saved: of the newest checkpoint; good: of the newest one whose weights are
-    known to give finite losses (0: none); bad_steps: non-finite steps in a row; save_due: a save was put off;
-    failed_saves: those in a row that the storage refused.
+    loaded: iteration that it began at; bad_steps: non-finite steps in a row.
     """
 
     trainer: Trainer
@@ -44,12 +39,9 @@ class Session:
     reporter: Reporter
     stop: StopSignal
     started: float
-    saved: int
+    saver: Saver
     loaded: int
-    good: int = 0
     bad_steps: int = 0
-    save_due: bool = False
-    failed_saves: int = 0
 
 
 def train(trainer: Trainer, started: Callable[[], None] = lambda: None) -> str:
@@ -71,9 +63,10 @@ def train(trainer: Trainer, started: Callable[[], None] = lambda: None) -> str:
                 _final_evaluation(session)
             return reason
         except DataError:
-            _save_if_new(session)  # the state is that of the last whole step
+            session.saver.finish()  # the state is that of the last whole step
             raise
         finally:
+            session.saver.close()
             session.console.close()
             session.reporter.close()
 
@@ -87,14 +80,15 @@ def _open(trainer: Trainer, stop: StopSignal) -> Session:
         _check_writable(Path(config.checkpoint.save))
         _say_replaced(Path(config.checkpoint.save), iteration)
     trainer.progress.run = max(trainer.progress.run, next_run(config.logging.metrics_file))
+    console = Console(trainer, _last_iteration(trainer))
     return Session(
         trainer=trainer,
         datasets=datasets,
-        console=Console(trainer, _last_iteration(trainer)),
+        console=console,
         reporter=open_reporter(config, to_dict(config)) if trainer.mesh.is_main else Reporter([]),
         stop=stop,
         started=time.monotonic(),
-        saved=iteration,
+        saver=Saver(trainer, console.say),
         loaded=iteration,
     )
 
@@ -157,22 +151,19 @@ def _steps(session: Session) -> str:
         watch.lap()  # evaluation and saving are not step time
         if reason:
             return reason
-    _save_if_new(session)
+    session.saver.finish()
     return "finished"
 
 
 def _after_step(session: Session) -> str | None:
     """Save and evaluate where it is time; the reason to stop, if there is one."""
     training, iteration = session.trainer.config.training, session.trainer.progress.iteration
-    interval = session.trainer.config.checkpoint.save_interval
-    session.save_due |= bool(interval) and iteration % interval == 0
-    if session.save_due:
-        _save_unless_suspect(session)
+    session.saver.after_step(session.bad_steps)
     if iteration % training.eval_interval == 0:
         _evaluate(session, "valid", session.datasets.valid, iteration // training.eval_interval - 1)
     reason = _reason_to_stop(session)
     if reason:
-        _save_if_new(session)
+        session.saver.finish()
         session.console.say(f"stopping after iteration {iteration}: {reason}")
     return reason
 
@@ -191,49 +182,12 @@ def _reason_to_stop(session: Session) -> str | None:
     return None
 
 
-def _save_unless_suspect(session: Session) -> None:
-    """Save, or put it off until a step is finite: weights that give no finite loss should not become the newest."""
-    if session.bad_steps == 0:
-        _save_or_go_on(session)
-    elif session.trainer.config.checkpoint.save:
-        session.console.say(f"saving is put off: non-finite steps in a row: {session.bad_steps}")
-
-
-def _save_or_go_on(session: Session) -> None:
-    """Save; where the storage fails, training goes on until the next save, but not for ever."""
-    try:
-        _save_if_new(session)
-    except StorageError as error:
-        session.save_due = False
-        session.failed_saves += 1
-        if session.failed_saves >= MOST_FAILED_SAVES:
-            raise
-        session.console.say(f"{error}; training goes on, and stops after {MOST_FAILED_SAVES} such failures in a row")
-
-
-def _save_if_new(session: Session) -> None:
-    """Save under --save, unless this iteration already is. A skipped step changed no weights, so nothing is lost."""
-    trainer = session.trainer
-    if not trainer.config.checkpoint.save or trainer.config.training.skip_train:
-        return
-    if session.saved != trainer.progress.iteration:
-        checkpoints.save(trainer)
-        session.saved = trainer.progress.iteration
-        session.save_due = False
-        session.failed_saves = 0
-        if trainer.config.checkpoint.keep_last_n_checkpoints:
-            protected = {session.good} if session.good else set()
-            native.prune(
-                Path(trainer.config.checkpoint.save), trainer.config.checkpoint.keep_last_n_checkpoints, protected
-            )
-
-
 def _guard(session: Session, report: StepReport) -> None:
     """Stop after too many non-finite steps in a row; a dynamic loss scale still on its way down doesn't count."""
     trainer = session.trainer
     if report.problem is None:
         session.bad_steps = 0
-        session.good = session.saved if session.saved < trainer.progress.iteration else session.good
+        session.saver.finite_step()
         return
     if report.overflow and trainer.scaler.dynamic and report.loss_scale > trainer.scaler.min_scale:
         return
@@ -247,11 +201,11 @@ def _guard(session: Session, report: StepReport) -> None:
 
 
 def _last_good(session: Session) -> str:
-    flags = session.trainer.config.checkpoint
-    directory = flags.load if session.good == session.loaded else flags.save
-    if session.good == 0 or directory is None:
+    flags, good = session.trainer.config.checkpoint, session.saver.good
+    directory = flags.load if good == session.loaded else flags.save
+    if good == 0 or directory is None:
         return "there is no checkpoint from before"
-    return f"the last checkpoint known to be good is --load {directory} --load-iteration {session.good}"
+    return f"the last checkpoint known to be good is --load {directory} --load-iteration {good}"
 
 
 def _evaluate_only(session: Session) -> str:

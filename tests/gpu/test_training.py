@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.checkpoint import native
+from megatron.checkpoint.find import recognise
 from megatron.cli.pretrain import main
 from megatron.testing.corpus import training_flags, write_corpus
 
@@ -34,6 +36,15 @@ def test_resume_is_exact_with_dropout(tmp_path: Path) -> None:
     straight = losses(tmp_path, "straight")
     losses(tmp_path, "resumed", save=save, load=save, exit_interval=7)
     assert losses(tmp_path, "resumed", save=save, load=save) == straight
+
+
+def test_async_save_is_the_same_checkpoint(tmp_path: Path) -> None:
+    losses(tmp_path, "sync", save=tmp_path / "sync", save_interval=5)
+    losses(tmp_path, "async", save=tmp_path / "async", save_interval=5, async_save=True)
+    for iteration in (5, 10, 15, 20):
+        a, b = (native.read(recognise(tmp_path / name, iteration).directory) for name in ("sync", "async"))
+        assert a.tensors.keys() == b.tensors.keys()
+        assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
 
 
 @pytest.mark.parametrize("changes", [{"bf16": True}, {"fp16": True, "initial_loss_scale": 2.0**16}])

@@ -1,7 +1,10 @@
 """A save that is killed, or meets a full or read-only disk, at every single one of its file operations (R5, R7)."""
 
 import os
+import random
+import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,22 +32,39 @@ def save(root: Path, iteration: int, value: float) -> None:
     native.save(root, iteration, state(value), [words])
 
 
-def points(tmp_path: Path, iteration: int) -> int:
-    """How many file operations a save of `iteration` over an old one takes."""
-    root = tmp_path / "count"
+def cluttered(root: Path) -> None:
+    """An older checkpoint, and what killed saves leave: one moved aside and never replaced, a half, a half file."""
+    save(root, 3, 3)
+    save(root, 4, 4)
+    (root / "iter_0000004").rename(root / f"iter_0000004.replaced-{'0' * 32}")
     save(root, OLD, 1)
+    shutil.copytree(root / "iter_0000003", root / f"iter_0000006.staging-{'1' * 32}")
+    (root / "iter_0000004").rename(root / f"iter_0000004.replaced-{'0' * 32}")
+    (root / f"config.yaml.{'2' * 32}.tmp").write_text("half")
+
+
+def save_and_tidy(root: Path) -> None:
+    """A save that meets clutter, and prunes."""
+    save(root, NEW, 2)
+    native.prune(root, 2)
+
+
+def points(root: Path, action: Callable[[Path], None]) -> list[str]:
+    """The file operations that `action` takes."""
     with faults.armed() as names:
-        save(root, iteration, 2)
-    return len(names)
+        action(root)
+    return names
 
 
 def killed(action: Callable[[], None], words: str) -> bool:
     """Run `action` in a child process with armed faults; whether it was killed."""
     child = os.fork()
     if child == 0:
-        with faults.armed(words):
-            action()
-        os._exit(0)
+        try:
+            with faults.armed(words):
+                action()
+        finally:
+            os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
@@ -61,7 +81,8 @@ def assert_whole(root: Path, allowed: dict[int, list[float]]) -> None:
 
 @pytest.mark.parametrize("iteration", [OLD, NEW], ids=["same iteration", "next iteration"])
 def test_killed_before_every_file_operation(tmp_path: Path, iteration: int) -> None:
-    count = points(tmp_path, iteration)
+    save(tmp_path / "count", OLD, 1)
+    count = len(points(tmp_path / "count", lambda root: save(root, iteration, 2)))
     assert count > 15
     for number in range(1, count + 1):
         root = tmp_path / str(number)
@@ -78,7 +99,8 @@ def test_killed_before_every_file_operation(tmp_path: Path, iteration: int) -> N
 @pytest.mark.parametrize("iteration", [OLD, NEW], ids=["same iteration", "next iteration"])
 def test_a_disk_that_refuses_every_file_operation(tmp_path: Path, iteration: int, fault: str) -> None:
     failed = 0
-    for number in range(1, points(tmp_path, iteration) + 1):
+    save(tmp_path / "count", OLD, 1)
+    for number in range(1, len(points(tmp_path / "count", lambda root: save(root, iteration, 2))) + 1):
         root = tmp_path / str(number)
         save(root, OLD, 1)
         try:
@@ -92,11 +114,26 @@ def test_a_disk_that_refuses_every_file_operation(tmp_path: Path, iteration: int
     assert failed > 15
 
 
+def test_killed_or_refused_while_it_tidies_up(tmp_path: Path) -> None:
+    """What a killed save left is put back or swept, older checkpoints are pruned: each step may fail or be the last."""
+    cluttered(tmp_path / "count")
+    names = points(tmp_path / "count", save_and_tidy)
+    tidying = [number for number, name in enumerate(names, 1) if name.startswith("commit.") and number > len(names) - 8]
+    assert {"commit.put_back", "commit.sweep", "commit.sweep_file", "commit.remove", "commit.empty"} <= set(names)
+    for number in tidying:
+        for fault in ("die", "erofs"):
+            root = tmp_path / f"{number} {fault}"
+            cluttered(root)
+            assert killed(lambda root=root: save_and_tidy(root), f"@{number}:{fault}") == (fault == "die")
+            assert_whole(root, {NEW: [2.0]})
+            save(root, 7, 7)
+            native.prune(root, 2)
+            assert {path.name for path in root.iterdir()} == {"iter_0000006", "iter_0000007", TRACKER}
+            assert_whole(root, {7: [7.0]})
+
+
 @pytest.mark.slow
 def test_killed_at_200_random_moments(tmp_path: Path) -> None:
-    import random
-    import time
-
     root, draw = tmp_path / "run", random.Random(1)
     save(root, 1, 1)
     hits = 0

@@ -13,10 +13,16 @@ from megatron.cli.pretrain import main
 from tests.unit.train.conftest import Runs, steps
 
 
-def test_two_failures_are_survived(runs: Runs, capfd: pytest.CaptureFixture) -> None:
+@pytest.fixture(params=[False, True], ids=["sync", "async"])
+def how(request: pytest.FixtureRequest) -> dict[str, object]:
+    """The flags of either way to save."""
+    return {"async_save": True} if request.param else {}
+
+
+def test_two_failures_are_survived(runs: Runs, how: dict[str, object], capfd: pytest.CaptureFixture) -> None:
     save = runs.root / "save"
     with faults.armed("native.facts@2:enospc native.facts@3:erofs"):
-        lines = steps(runs.train("m", save=save, save_interval=4))
+        lines = steps(runs.train("m", save=save, save_interval=4, **how))
     assert len(lines) == 20
     out = capfd.readouterr().out
     assert "No space left on device; training goes on, and stops after 3 such failures in a row" in out
@@ -24,30 +30,30 @@ def test_two_failures_are_survived(runs: Runs, capfd: pytest.CaptureFixture) -> 
     assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000004", "iter_0000016", "iter_0000020"]
 
 
-def test_three_in_a_row_end_the_run(runs: Runs, capfd: pytest.CaptureFixture) -> None:
+def test_three_in_a_row_end_the_run(runs: Runs, how: dict[str, object], capfd: pytest.CaptureFixture) -> None:
     save = runs.root / "save"
     with faults.armed("native.facts@2:enospc native.facts@3:enospc native.facts@4:enospc"):
-        assert main(runs.flags(save=save, save_interval=4)) == 5
+        assert main(runs.flags(save=save, save_interval=4, **how)) == 5
     assert "No space left" in capfd.readouterr().err
     assert recognise(save).iteration == 4
     assert {path.name for path in save.iterdir()} == {"iter_0000004", TRACKER, "config.yaml", "run_status.json"}
 
 
-def test_failures_with_a_success_between_do_not_add_up(runs: Runs) -> None:
+def test_failures_with_a_success_between_do_not_add_up(runs: Runs, how: dict[str, object]) -> None:
     failing = " ".join(f"native.facts@{n}:enospc" for n in (1, 2, 4, 5))
     with faults.armed(failing):
-        assert len(steps(runs.train("m", save=runs.root / "save", save_interval=3))) == 20
+        assert len(steps(runs.train("m", save=runs.root / "save", save_interval=3, **how))) == 20
     assert recognise(runs.root / "save").iteration == 20
 
 
-def test_the_last_save_must_succeed(runs: Runs) -> None:
+def test_the_last_save_must_succeed(runs: Runs, how: dict[str, object]) -> None:
     with faults.armed("native.facts:enospc"):
-        assert main(runs.flags(save=runs.root / "save")) == 5
+        assert main(runs.flags(save=runs.root / "save", **how)) == 5
 
 
-def test_only_the_last_are_kept(runs: Runs) -> None:
+def test_only_the_last_are_kept(runs: Runs, how: dict[str, object]) -> None:
     save = runs.root / "save"
-    runs.train("m", save=save, save_interval=3, keep_last_n_checkpoints=2)
+    runs.train("m", save=save, save_interval=3, keep_last_n_checkpoints=2, **how)
     assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000018", "iter_0000020"]
 
 

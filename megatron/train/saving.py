@@ -1,0 +1,131 @@
+"""When a run's checkpoints are written, on which thread, and what happens where the storage refuses."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from megatron.checkpoint import native
+from megatron.checkpoint.snapshot import Snapshot
+from megatron.errors import StorageError
+from megatron.logs import get_logger
+from megatron.train import checkpoints
+from megatron.train.trainer import Trainer
+
+log = get_logger(__name__)
+
+MOST_FAILED_SAVES = 3
+
+
+class Saver:
+    """Writes the checkpoints of one run under --save; does nothing without it.
+
+    With --async-save a thread writes a copy of the state: the run waits for the copy alone, and for an earlier save
+    that is still being written. A failed save is survived, but not three in a row.
+
+    saved: iteration of the newest whole checkpoint, or that the run began at; good: of the newest one whose weights
+    are known to give finite losses (0: none).
+    """
+
+    def __init__(self, trainer: Trainer, say: Callable[[str], None]) -> None:
+        flags = trainer.config.checkpoint
+        self._trainer, self._say = trainer, say
+        self._active = flags.save is not None and not trainer.config.training.skip_train
+        self._snapshot = self._writer = None
+        if self._active and flags.async_save:
+            self._snapshot = Snapshot(checkpoints.tensors_to_save(trainer), trainer.mesh.backend)
+            self._writer = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._writing: tuple[int, Future[Path]] | None = None
+        self._due = False
+        self._failures = 0
+        self._finite = 0
+        self.saved = trainer.progress.iteration
+        self.good = 0
+
+    def finite_step(self) -> None:
+        """The step just made was finite: so are the weights that were saved before it."""
+        self._finite = self._trainer.progress.iteration
+        self._judge()
+
+    def after_step(self, bad_steps: int) -> None:
+        """Save every --save-interval iterations, and take note of what has been written since the last step.
+
+        After `bad_steps` non-finite steps in a row it is put off until one is finite: weights that give no finite
+        loss should not become the newest checkpoint. Raises StorageError at the third failure in a row.
+        """
+        if self._writing and self._writing[1].done():
+            self._settle()
+        interval = self._trainer.config.checkpoint.save_interval
+        self._due |= bool(interval) and self._trainer.progress.iteration % interval == 0
+        if not (self._due and self._active):
+            return
+        if bad_steps:
+            self._say(f"saving is put off: non-finite steps in a row: {bad_steps}")
+            return
+        self._due = False
+        self._settle()
+        try:
+            self._begin()
+        except StorageError as error:
+            self._failed(error)
+
+    def finish(self) -> None:
+        """Save unless this iteration is saved (a skipped step changed no weights), and wait until all is on disk.
+
+        Raises StorageError where that fails.
+        """
+        self._settle()
+        self._begin()
+        self._collect()
+
+    def close(self) -> None:
+        """Wait for a save that is being written, whatever the reason to end is; its failure is said."""
+        if self._writing:
+            self._say("waiting for the checkpoint that is being written")
+            try:
+                self._collect()
+            except StorageError as error:
+                log.error("%s", error)
+        if self._writer:
+            self._writer.shutdown()
+
+    def _begin(self) -> None:
+        iteration = self._trainer.progress.iteration
+        if not self._active or self.saved == iteration:
+            return
+        state = checkpoints.capture(self._trainer, self._snapshot)
+        write = partial(checkpoints.write, self._trainer.config, state, self._trainer.tokenizer.files())
+        if self._writer:
+            self._writing = iteration, self._writer.submit(write)
+        else:
+            self._written(iteration, write())
+
+    def _settle(self) -> None:
+        """Wait for the save that is being written, if there is one; its failure is counted."""
+        try:
+            self._collect()
+        except StorageError as error:
+            self._failed(error)
+
+    def _collect(self) -> None:
+        if self._writing:
+            (iteration, result), self._writing = self._writing, None
+            self._written(iteration, result.result())
+
+    def _written(self, iteration: int, directory: Path) -> None:
+        log.info("saved %s", directory)
+        self.saved = iteration
+        self._judge()
+        self._failures = 0
+        if keep := self._trainer.config.checkpoint.keep_last_n_checkpoints:
+            native.prune(directory.parent, keep, {self.good} if self.good else set())
+
+    def _judge(self) -> None:
+        if self.saved < self._finite:
+            self.good = self.saved
+
+    def _failed(self, error: StorageError) -> None:
+        self._failures += 1
+        if self._failures >= MOST_FAILED_SAVES:
+            raise error
+        self._say(f"{error}; training goes on, and stops after {MOST_FAILED_SAVES} such failures in a row")
