@@ -10,10 +10,12 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron import faults
 from megatron.checkpoint import manifest
+from megatron.checkpoint.manifest import Description
 from megatron.errors import StorageError
 from megatron.files import atomic_write
 
@@ -21,8 +23,16 @@ _ASIDE = re.compile(r"(?P<name>.+)\.(?P<kind>staging|replaced|removed)-[0-9a-f]{
 _UNFINISHED_FILE = re.compile(r"(config\.yaml|latest_checkpointed_iteration\.txt|run_status\.json)\.[0-9a-f]{32}\.tmp")
 
 
+@dataclass(frozen=True)
+class Staged:
+    """A directory in the making, and the files in it whose content was hashed as it was written."""
+
+    path: Path
+    described: dict[Path, Description] = field(default_factory=dict)
+
+
 @contextmanager
-def staged(final: Path) -> Iterator[Path]:
+def staged(final: Path) -> Iterator[Staged]:
     """Yield an empty directory beside `final`; when the block ends well it gets its manifest, is flushed and takes
     the name `final`.
 
@@ -36,8 +46,9 @@ def staged(final: Path) -> Iterator[Path]:
     try:
         faults.point("commit.make")
         staging.mkdir(parents=True)
-        yield staging
-        _seal(staging)
+        content = Staged(staging)
+        yield content
+        _seal(content)
         _take_name(staging, final)
     except OSError as error:
         raise StorageError(f"cannot write {final}: {error}") from error
@@ -97,13 +108,13 @@ def sweep(root: Path) -> None:
                 path.unlink()
 
 
-def _seal(staging: Path) -> None:
-    content = manifest.build(staging, _flush)
-    path = staging / manifest.MANIFEST
+def _seal(staged: Staged) -> None:
+    content = manifest.build(staged.path, _flush, staged.described)
+    path = staged.path / manifest.MANIFEST
     faults.point("commit.manifest")
     path.write_bytes(content)
     _flush(path)
-    _flush(staging)
+    _flush(staged.path)
 
 
 def _take_name(staging: Path, final: Path) -> None:

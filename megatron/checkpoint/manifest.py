@@ -7,10 +7,10 @@ hashes guard against accidents; against malice there are the restricted readers 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TypedDict
 
 from megatron.errors import CheckpointError
 
@@ -19,15 +19,24 @@ _FORMAT = "ee-llm-manifest"
 _BLOCK = 1 << 20
 
 
-def build(directory: Path, flush: Callable[[Path], None]) -> bytes:
+class Description(TypedDict):
+    """What the manifest says about a file; size in bytes."""
+
+    sha256: str
+    size: int
+
+
+def build(directory: Path, flush: Callable[[Path], None], described: Mapping[Path, Description]) -> bytes:
     """The manifest of what lies in `directory`, after `flush` was called for each file and each directory below.
 
-    Flushing and hashing go on side by side: one waits for the disk, the other for the processor.
+    Files that aren't `described` are read. Flushing and hashing go on side by side: one waits for the disk, the
+    other for the processor.
     """
     files, folders = _tree(directory)
     with ThreadPoolExecutor(max_workers=4) as pool:
         flushed = [pool.submit(flush, path) for path in (*files.values(), *folders)]
-        entries = dict(zip(files, pool.map(_describe, files.values()), strict=True))
+        found = pool.map(lambda path: described.get(path) or _describe(path), files.values())
+        entries = dict(zip(files, found, strict=True))
         for result in flushed:
             result.result()
     return _encode(entries)
@@ -51,7 +60,7 @@ def verify(directory: Path) -> dict[str, int]:
     return {name: entry["size"] for name, entry in sorted(entries.items())}
 
 
-def _differences(entries: dict[str, dict[str, Any]], files: dict[str, Path]) -> Iterable[str]:
+def _differences(entries: dict[str, Description], files: dict[str, Path]) -> Iterable[str]:
     names = sorted(entries.keys() & files.keys())
     sized = [name for name in names if files[name].stat().st_size == entries[name]["size"]]
     for name in sorted(set(names) - set(sized)):
@@ -69,7 +78,7 @@ def _tree(directory: Path) -> tuple[dict[str, Path], list[Path]]:
     return files, [*(path for path in paths if path.is_dir() and not path.is_symlink()), directory]
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _describe(path: Path) -> Description:
     digest, size = hashlib.sha256(), 0
     with open(path, "rb", buffering=0, opener=_no_link) as file:
         while block := file.read(_BLOCK):
@@ -82,14 +91,14 @@ def _no_link(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
 
 
-def _encode(entries: dict[str, dict[str, Any]]) -> bytes:
+def _encode(entries: dict[str, Description]) -> bytes:
     """One way to write each manifest, closed by a hash of itself: a changed byte anywhere shows."""
     plain = {"files": entries, "format": _FORMAT, "version": 1}
     own = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
     return (json.dumps(plain | {"sha256": own}, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _read(directory: Path) -> dict[str, dict[str, Any]]:
+def _read(directory: Path) -> dict[str, Description]:
     path = directory / MANIFEST
     try:
         content = path.read_bytes()

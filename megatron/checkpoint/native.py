@@ -16,11 +16,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron import faults
 from megatron.checkpoint import commit
+from megatron.checkpoint.dcp_files import Reader, Writer
 from megatron.checkpoint.find import FACTS, INDEX, NATIVE, TENSORS, TRACKER, format_of, iteration_name, iterations
 from megatron.checkpoint.safe import read_dcp_metadata
 from megatron.checkpoint.state import PADDING, Entry, RunState, check, copy_padding, entries, without
@@ -49,15 +49,15 @@ def save(root: Path, iteration: int, state: RunState, tokenizer_files: Iterable[
             "replaced. Give another --save directory, or move it away"
         )
     facts = {**state.facts, "format": NATIVE, "format_version": VERSION, "iteration": iteration}
-    with commit.staged(final) as staging:
-        facts["tokenizer_sha256"] = _copy_files(tokenizer_files, staging / TOKENIZER)
+    with commit.staged(final) as staged:
+        facts["tokenizer_sha256"] = _copy_files(tokenizer_files, staged.path / TOKENIZER)
         written = json.dumps(facts, indent=1, sort_keys=True, allow_nan=False)
         faults.point("native.facts")
-        (staging / FACTS).write_text(written + "\n", encoding="utf-8")
+        (staged.path / FACTS).write_text(written + "\n", encoding="utf-8")
         with _dcp_errors(final, writing=True):
             dcp.save(
                 {name: tensor.detach() for name, tensor in state.tensors.items()},
-                storage_writer=_Writer(staging / TENSORS),
+                storage_writer=Writer(staged.path / TENSORS, staged.described),
                 planner=dcp.DefaultSavePlanner(flatten_state_dict=False),
                 no_dist=True,
             )
@@ -109,7 +109,7 @@ def load(
     with _dcp_errors(directory, writing=False):
         dcp.load(
             requests | padding,
-            storage_reader=_Reader(directory / TENSORS, metadata),
+            storage_reader=Reader(directory / TENSORS, metadata),
             planner=dcp.DefaultLoadPlanner(flatten_state_dict=False),
             no_dist=True,
         )
@@ -174,49 +174,6 @@ def tokenizer_files(directory: Path) -> dict[str, Path]:
             raise CheckpointError(f"{path} is missing or not the file that was saved: give the tokenizer's flags")
         files[name] = path
     return files
-
-
-class _FileSystem(FileSystem):
-    """Torch's, with a fault point before each operation."""
-
-    @contextmanager
-    def create_stream(self, path, mode):
-        faults.point("tensors.open")
-        with super().create_stream(path, mode) as stream:
-            yield faults.watched(stream, "tensors.write")
-
-    def mkdir(self, path) -> None:
-        faults.point("tensors.mkdir")
-        super().mkdir(path)
-
-    def rename(self, path, new_path) -> None:
-        faults.point("tensors.rename")
-        super().rename(path, new_path)
-
-
-class _Writer(dcp.FileSystemWriter):
-    """Leaves out the identity of the save and its path: the same state gives the same index.
-
-    Flushing is left to commit.py, which does it while it computes checksums.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, overwrite=False, sync_files=False)
-        self.fs = _FileSystem()
-
-    def storage_meta(self) -> None:
-        return None
-
-
-class _Reader(dcp.FileSystemReader):
-    """Takes the index as already read by the restricted reader; torch's own would unpickle it."""
-
-    def __init__(self, directory: Path, metadata: Metadata):
-        super().__init__(directory)
-        self._metadata = metadata
-
-    def read_metadata(self) -> Metadata:
-        return self._metadata
 
 
 @contextmanager

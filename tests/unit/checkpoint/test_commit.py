@@ -12,10 +12,10 @@ def names(directory):
 
 def test_a_directory_appears_with_everything_in_it(tmp_path):
     final = tmp_path / "new" / "iter_0000001"
-    with commit.staged(final) as staging:
-        assert staging.parent == final.parent and staging.name.startswith("iter_0000001.staging-")
-        (staging / "deep").mkdir()
-        (staging / "deep" / "file").write_text("x")
+    with commit.staged(final) as staged:
+        assert staged.path.parent == final.parent and staged.path.name.startswith("iter_0000001.staging-")
+        (staged.path / "deep").mkdir()
+        (staged.path / "deep" / "file").write_text("x")
         assert not final.exists()
     assert names(final.parent) == ["iter_0000001"]
     assert (final / "deep" / "file").read_text() == "x"
@@ -23,10 +23,10 @@ def test_a_directory_appears_with_everything_in_it(tmp_path):
 
 def test_a_failure_leaves_the_old_one_and_no_leftovers(tmp_path):
     final = tmp_path / "it"
-    with commit.staged(final) as staging:
-        (staging / "a").write_text("old")
-    with pytest.raises(RuntimeError), commit.staged(final) as staging:
-        (staging / "a").write_text("new")
+    with commit.staged(final) as staged:
+        (staged.path / "a").write_text("old")
+    with pytest.raises(RuntimeError), commit.staged(final) as staged:
+        (staged.path / "a").write_text("new")
         raise RuntimeError
     assert names(tmp_path) == ["it"]
     assert (final / "a").read_text() == "old"
@@ -35,8 +35,8 @@ def test_a_failure_leaves_the_old_one_and_no_leftovers(tmp_path):
 def test_a_replacement_takes_over_as_a_whole(tmp_path):
     final = tmp_path / "it"
     for content in ("a", "b"):
-        with commit.staged(final) as staging:
-            (staging / content).write_text(content)
+        with commit.staged(final) as staged:
+            (staged.path / content).write_text(content)
     assert names(tmp_path) == ["it"]
     assert names(final) == ["b", "manifest.json"]
 
@@ -45,8 +45,8 @@ def test_a_replacement_takes_over_as_a_whole(tmp_path):
 def test_the_old_one_comes_back_when_the_new_one_cannot_take_its_name(tmp_path, monkeypatch, existing):
     final = tmp_path / "it"
     if existing:
-        with commit.staged(final) as staging:
-            (staging / "a").write_text("old")
+        with commit.staged(final) as staged:
+            (staged.path / "a").write_text("old")
     rename = Path.rename
 
     def refuse_staging(path, target):
@@ -55,15 +55,15 @@ def test_the_old_one_comes_back_when_the_new_one_cannot_take_its_name(tmp_path, 
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", refuse_staging)
-    with pytest.raises(StorageError, match="Permission denied"), commit.staged(final) as staging:
-        (staging / "a").write_text("new")
+    with pytest.raises(StorageError, match="Permission denied"), commit.staged(final) as staged:
+        (staged.path / "a").write_text("new")
     assert names(tmp_path) == (["it"] if existing else [])
     assert not existing or (final / "a").read_text() == "old"
 
 
 def test_a_staging_directory_that_vanishes_is_an_error(tmp_path):
-    with pytest.raises(StorageError, match="cannot write"), commit.staged(tmp_path / "it") as staging:
-        staging.rename(tmp_path / "gone")
+    with pytest.raises(StorageError, match="cannot write"), commit.staged(tmp_path / "it") as staged:
+        staged.path.rename(tmp_path / "gone")
 
 
 def test_moved_aside_names_are_recognised(tmp_path):

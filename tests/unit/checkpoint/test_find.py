@@ -12,7 +12,7 @@ def native(directory):
     (directory / "tensors").mkdir(parents=True)
     (directory / "tensors" / ".metadata").write_bytes(b"")
     (directory / "facts.json").write_text("{}")
-    (directory / MANIFEST).write_bytes(manifest.build(directory, lambda path: None))
+    (directory / MANIFEST).write_bytes(manifest.build(directory, lambda path: None, {}))
     return directory
 
 

@@ -1,13 +1,15 @@
 import json
 import logging
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.checkpoint import native
+from megatron import faults
+from megatron.checkpoint import manifest, native
 from megatron.checkpoint.find import recognise
 from megatron.checkpoint.state import RunState
 from megatron.errors import CheckpointError, StorageError
@@ -257,12 +259,12 @@ def test_bad_facts(tmp_path, state, text, message):
 
 def test_damaged_tensor_files_are_named(tmp_path, state):
     directory = native.save(tmp_path, 1, state)
-    file = directory / "tensors" / "__0_0.distcp"
+    file = directory / "tensors" / "__0_00.distcp"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="iter_0000001 is damaged"):
         native.read(directory)
     file.unlink()
-    with pytest.raises(CheckpointError, match=r"iter_0000001 is damaged.*__0_0.distcp"):
+    with pytest.raises(CheckpointError, match=r"iter_0000001 is damaged.*__0_00.distcp"):
         native.read(directory)
 
 
@@ -279,3 +281,38 @@ def test_stock_torch_reads_it_too(tmp_path, state):
     targets = blank(state.tensors)
     torch.distributed.checkpoint.load(targets, checkpoint_id=directory / "tensors", no_dist=True)
     assert_equal(targets, state.tensors)
+
+
+def large_state() -> RunState:
+    """More than two files' worth."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = [5 << 20, 7 << 20, 3, 6 << 20, 4 << 20, 1000]
+    return RunState({f"model/{i}": torch.randn(size, generator=generator) for i, size in enumerate(sizes)})
+
+
+def test_a_large_checkpoint_is_cut_into_files_of_like_size(tmp_path: Path) -> None:
+    state = large_state()
+    directory = native.save(tmp_path, 1, state)
+    sizes = [path.stat().st_size for path in sorted((directory / "tensors").glob("*.distcp"))]
+    assert len(sizes) == 2 and max(sizes) < 1.3 * min(sizes)
+    loaded = native.read(directory).tensors
+    assert all(torch.equal(loaded[name], state.tensors[name]) for name in state.tensors)
+
+
+def test_the_hashes_made_while_writing_are_those_of_the_files(tmp_path: Path) -> None:
+    directory = native.save(tmp_path, 1, large_state())
+    written = (directory / manifest.MANIFEST).read_bytes()
+    (directory / manifest.MANIFEST).unlink()
+    assert manifest.build(directory, lambda path: None, {}) == written
+
+
+def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:
+    manifests = {native.save(tmp_path, i, large_state()).joinpath("tensors", ".metadata").read_bytes() for i in (1, 2)}
+    assert len(manifests) == 1
+
+
+@pytest.mark.parametrize("write", [1, 40, 80])
+def test_an_error_in_any_of_the_writing_threads_is_one_of_the_save(tmp_path: Path, write: int) -> None:
+    with faults.armed(f"tensors.write@{write}:enospc"), pytest.raises(StorageError, match="No space left"):
+        native.save(tmp_path, 1, large_state())
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,145 @@
+"""How torch.distributed.checkpoint writes and reads its files here: in a few at a time, hashed on the way."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from megatron import faults
+from megatron.checkpoint.manifest import Description
+
+MOST_FILES = 4
+_FULL_FILE = 32 << 20  # bytes: a smaller checkpoint is one file
+
+
+class Writer(dcp.FileSystemWriter):
+    """Cuts a rank's tensors into up to four files of like size, and writes those at the same time.
+
+    Leaves out the identity of the save and its path: the same state gives the same index. Flushing is left to
+    commit.py. `described` receives what was written, file by file.
+    """
+
+    def __init__(self, path: Path, described: dict[Path, Description]) -> None:
+        super().__init__(path, overwrite=False, sync_files=False)
+        self.fs = _HashingFileSystem(described)
+
+    def storage_meta(self) -> None:
+        return None
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Torch's own threads (`thread_count`) would lose the error of a thread, and with it the tensors."""
+        parts = _cut(plan.items)
+        prefix = plan.storage_data.prefix
+
+        def write(number: int) -> list[WriteResult]:
+            own = replace(plan.storage_data, prefix=f"{prefix}{number}")
+            return super(Writer, self).write_data(replace(plan, items=parts[number], storage_data=own), planner).wait()
+
+        with ThreadPoolExecutor(max_workers=len(parts)) as pool:
+            results = [result for part in pool.map(write, range(len(parts))) for result in part]
+        return _done(results)
+
+
+class Reader(dcp.FileSystemReader):
+    """Takes the index as already read by the restricted reader; torch's own would unpickle it. Reads files at the same
+    time."""
+
+    def __init__(self, directory: Path, metadata: Metadata) -> None:
+        super().__init__(directory)
+        self._metadata = metadata
+
+    def read_metadata(self) -> Metadata:
+        return self._metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file = defaultdict(list)
+        for item in plan.items:
+            by_file[self.storage_data[item.storage_index].relative_path].append(item)
+        read = super().read_data
+        with ThreadPoolExecutor(max_workers=MOST_FILES) as pool:
+            for result in pool.map(lambda items: read(replace(plan, items=items), planner), by_file.values()):
+                result.wait()
+        return _done(None)
+
+
+class _HashingFileSystem(FileSystem):
+    """Torch's, with a fault point before each operation, and a hash of each file it writes."""
+
+    def __init__(self, described: dict[Path, Description]) -> None:
+        super().__init__()
+        self._described = described
+
+    @contextmanager
+    def create_stream(self, path: Path, mode: str) -> Iterator[Any]:
+        faults.point("tensors.open")
+        with super().create_stream(path, mode) as stream:
+            hashed = _Hashed(faults.watched(stream, "tensors.write"))
+            try:
+                yield hashed
+            except Exception:
+                if hashed.failure:  # torch's zip writer reports it as an error of its own
+                    raise hashed.failure from None
+                raise
+        self._described[path] = hashed.description()
+
+    def mkdir(self, path: Path) -> None:
+        faults.point("tensors.mkdir")
+        super().mkdir(path)
+
+    def rename(self, path: Path, new_path: Path) -> None:
+        faults.point("tensors.rename")
+        super().rename(path, new_path)
+        self._described[new_path] = self._described.pop(path)
+
+
+class _Hashed:
+    """A stream that is only ever appended to, and the hash of what went into it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._digest, self._size = stream, hashlib.sha256(), 0
+        self.failure: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        self._digest.update(content)
+        self._size += len(content)
+        try:
+            return self._stream.write(content)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
+
+    def description(self) -> Description:
+        return {"sha256": self._digest.hexdigest(), "size": self._size}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _cut(items: list[WriteItem]) -> list[list[WriteItem]]:
+    """The items in parts of like size: the largest first, each to the part that has least."""
+    sizes = {id(item): item.tensor_data.size.numel() * item.tensor_data.properties.dtype.itemsize for item in items}
+    count = max(1, min(MOST_FILES, sum(sizes.values()) // _FULL_FILE, len(items)))
+    parts: list[list[WriteItem]] = [[] for _ in range(count)]
+    totals = [0] * count
+    for item in sorted(items, key=lambda item: -sizes[id(item)]):
+        smallest = totals.index(min(totals))
+        parts[smallest].append(item)
+        totals[smallest] += sizes[id(item)]
+    return parts
+
+
+def _done(value: Any) -> Future:
+    future: Future = Future()
+    future.set_result(value)
+    return future
