@@ -63,6 +63,11 @@ _ROWS: tuple[tuple[tuple[str, ...], Callable[[RunConfig], bool], str], ...] = (
         lambda c: c.logging.wandb_project is not None,
         "without --wandb-project",
     ),
+    (
+        ("spike_factor",),
+        lambda c: c.training.check_for_spiky_loss or c.training.check_for_large_grads,
+        "without --check-for-spiky-loss or --check-for-large-grads",
+    ),
     (("vocab_file", "merge_file"), _tokenizer_uses("GPT2BPETokenizer"), "with this --tokenizer-type"),
     (("vocab_size",), _tokenizer_uses("NullTokenizer"), "with this --tokenizer-type"),
     (

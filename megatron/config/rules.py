@@ -30,7 +30,7 @@ AT_LEAST_ONE = (
 )
 ABOVE_ZERO = (
     *("rotary_base", "rotary_seq_len_interpolation_factor", "rope_scaling_factor", "rope_low_freq_factor"),
-    *("rope_high_freq_factor", "norm_epsilon", "exit_duration_in_mins"),
+    *("rope_high_freq_factor", "norm_epsilon", "exit_duration_in_mins", "spike_factor"),
     *("adam_eps", "loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window"),
 )
 NOT_NEGATIVE = (

@@ -41,7 +41,10 @@ class TrainingConfig:
     )
     recompute_num_layers: int | None = setting(None, "Group size or number of layers for full recompute.")
     torch_compile: bool = setting(False, "Compile the layers with torch.compile.")
-    max_nonfinite_steps: int = setting(10, "Stop after this many non-finite steps in a row.")
+    max_nonfinite_steps: int = setting(10, "Stop after this many skipped steps in a row: non-finite ones, and spikes.")
+    check_for_spiky_loss: bool = setting(False, "Skip steps whose loss, of any exit, is a spike.")
+    check_for_large_grads: bool = setting(False, "Skip steps whose gradient norm is a spike.")
+    spike_factor: float = setting(10.0, "A spike: above this many times the mean of the last 100 steps.")
     check_for_nan_in_loss_and_grad: bool = setting(
         True,
         "Skip steps whose loss or gradient is not finite, and say where it came from.",

@@ -52,14 +52,17 @@ class TrainingOptimizer:
         """Clear all gradient buffers in place."""
         torch._foreach_zero_([p.main_grad for p in self.parameters.values()])
 
-    def step(self, lr: float, weight_decay: float, loss_scale: float, check_finite: bool) -> StepResult:
+    def step(
+        self, lr: float, weight_decay: float, loss_scale: float, check_finite: bool, limit: float | None = None
+    ) -> StepResult:
         """Unscale, measure, clip and apply the accumulated gradients.
 
-        With `check_finite`, a non-finite gradient norm leaves parameters and moments untouched.
+        A gradient norm that is not finite (with `check_finite`) or above `limit` leaves parameters and moments
+        untouched.
         """
         grads = [p.main_grad for p in self.parameters.values()]
         norm = float(torch.nn.utils.get_total_norm(grads, 2.0)) / loss_scale
-        if check_finite and not math.isfinite(norm):
+        if (check_finite and not math.isfinite(norm)) or (limit is not None and norm > limit):
             return StepResult(False, norm)
         factor = 1.0 / loss_scale
         if self.clip_grad > 0:
@@ -76,6 +79,11 @@ class TrainingOptimizer:
     def nonfinite_parameters(self) -> list[str]:
         """Names of the parameters whose accumulated gradient is not finite."""
         return [name for name, p in self.parameters.items() if not bool(p.main_grad.isfinite().all())]
+
+    def steepest_parameter(self) -> str:
+        """Name of the parameter with the largest gradient."""
+        norms = torch._foreach_norm([p.main_grad for p in self.parameters.values()])
+        return list(self.parameters)[int(torch.stack(norms).argmax())]
 
     def num_zero_grads(self) -> int:
         """How many gradient entries are exactly zero."""

@@ -13,6 +13,7 @@ from megatron.parallel.mesh import Mesh
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer
 from megatron.train.batch_size import training_length
+from megatron.train.spikes import SpikeWatch
 from megatron.train.trainer import Trainer
 
 
@@ -43,6 +44,7 @@ def build_trainer(config: RunConfig, backend: Backend | None = None) -> Trainer:
         scaler=build_scaler(config),
         lr=build_lr(config, mesh.size("dp")),
         weight_decay=build_weight_decay(config, mesh.size("dp")),
+        spikes=SpikeWatch(config.training),
     )
 
 

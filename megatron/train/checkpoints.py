@@ -71,6 +71,7 @@ def facts(trainer: Trainer) -> dict[str, Any]:
         **dataclasses.asdict(progress),
         "optimizer_step": trainer.optimizer.steps,
         "grad_scaler": trainer.scaler.facts(),
+        "spike_watch": trainer.spikes.facts(),
         "opt_param_scheduler": {
             "learning_rate": dataclasses.asdict(trainer.lr),
             "weight_decay": dataclasses.asdict(trainer.weight_decay),
@@ -170,6 +171,7 @@ def load(trainer: Trainer, found: Found) -> None:
     if with_optimizer:
         trainer.optimizer.steps = about["optimizer_step"]
         trainer.scaler.restore(about.get("grad_scaler") or {})
+        trainer.spikes.restore(about.get("spike_watch") or {})
     elif trainer.optimizer is not None:
         trainer.optimizer.reset_masters()
     if not fresh:

@@ -30,7 +30,7 @@ log = get_logger(__name__)
 class Session:
     """One start of a run: the trainer plus what it talks to.
 
-    loaded: iteration that it began at; bad_steps: non-finite steps in a row.
+    loaded: iteration that it began at; bad_steps: skipped steps in a row.
     """
 
     trainer: Trainer
@@ -183,7 +183,7 @@ def _reason_to_stop(session: Session) -> str | None:
 
 
 def _guard(session: Session, report: StepReport) -> None:
-    """Stop after too many non-finite steps in a row; a dynamic loss scale still on its way down doesn't count."""
+    """Stop after too many skipped steps in a row; a dynamic loss scale still on its way down doesn't count."""
     trainer = session.trainer
     if report.problem is None:
         session.bad_steps = 0
@@ -195,7 +195,7 @@ def _guard(session: Session, report: StepReport) -> None:
     limit = trainer.config.training.max_nonfinite_steps
     if session.bad_steps >= limit:
         raise NonFiniteError(
-            f"{limit} steps in a row were not finite (last: {report.problem}); {_last_good(session)}. "
+            f"{limit} steps in a row were skipped (last: {report.problem}); {_last_good(session)}. "
             "Lower --lr, raise --lr-warmup-iters, or train in bf16/fp32"
         )
 

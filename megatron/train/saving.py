@@ -50,7 +50,7 @@ class Saver:
     def after_step(self, bad_steps: int) -> None:
         """Save every --save-interval iterations, and take note of what has been written since the last step.
 
-        After `bad_steps` non-finite steps in a row it is put off until one is finite: weights that give no finite
+        After `bad_steps` skipped steps in a row it is put off until one is finite: weights that give no finite
         loss should not become the newest checkpoint. Raises StorageError at the third failure in a row.
         """
         if self._writing and self._writing[1].done():
@@ -60,7 +60,7 @@ class Saver:
         if not (self._due and self._active):
             return
         if bad_steps:
-            self._say(f"saving is put off: non-finite steps in a row: {bad_steps}")
+            self._say(f"saving is put off: skipped steps in a row: {bad_steps}")
             return
         self._due = False
         self._settle()

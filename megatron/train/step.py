@@ -14,10 +14,12 @@ from megatron.exits.loss import LossTerms, Objective
 from megatron.exits.spec import FINAL, exit_specs
 from megatron.exits.weights import exit_weight
 from megatron.model.stage import TokenBatch
+from megatron.optim.optimizer import TrainingOptimizer
 from megatron.schedule.actions import Schedule
 from megatron.schedule.check import check
 from megatron.schedule.execute import run
 from megatron.schedule.generate import GENERATORS
+from megatron.train.spikes import loss_name
 from megatron.train.trainer import Trainer
 
 
@@ -25,8 +27,8 @@ from megatron.train.trainer import Trainer
 class StepReport:
     """What one step did: losses (before exit weights) and weights by head label, and the update's figures.
 
-    problem: None, or where a non-finite number came from; parameters are then untouched. overflow: it may be the
-    loss scale's doing (gradients, not losses), and a lower scale the mend.
+    problem: None, or where a non-finite number or a spike came from; parameters are then untouched. overflow: it may
+    be the loss scale's doing (gradients, not losses), and a lower scale the mend.
     """
 
     losses: dict[str, float]
@@ -54,16 +56,18 @@ def train_step(trainer: Trainer, batches: Sequence[TokenBatch]) -> StepReport:
     losses, confidences = _to_host(terms)
     lr, weight_decay = trainer.lr.at(progress.optimizer_samples), trainer.weight_decay.at(progress.optimizer_samples)
     guarded = config.training.check_for_nan_in_loss_and_grad or trainer.scaler.dynamic
-    problem = _find_problem(losses) if guarded else None
+    problem = (_find_problem(losses) if guarded else None) or trainer.spikes.loss_problem(losses)
     applied, grad_norm, overflow = False, math.nan, False
     if problem is None:
-        result = optimizer.step(lr, weight_decay, objective.loss_scale, guarded)
-        applied, grad_norm, overflow = result.applied, result.grad_norm, not result.applied
+        limit = trainer.spikes.grad_limit()
+        result = optimizer.step(lr, weight_decay, objective.loss_scale, guarded, limit)
+        applied, grad_norm = result.applied, result.grad_norm
+        overflow = not applied and not math.isfinite(grad_norm)
         trainer.scaler.update(overflow)
-    if overflow:
-        names = optimizer.nonfinite_parameters()
-        problem = f"the gradients of {', '.join(names[:3]) or 'all parameters together'} are not finite"
-        problem += f" (and of {len(names) - 3} more parameters)" if len(names) > 3 else ""
+        if applied:
+            trainer.spikes.note(losses, grad_norm)
+        else:
+            problem = _gradient_problem(optimizer, grad_norm, limit)
     _advance(trainer, batches, applied)
     return StepReport(
         losses={label: sum(values) for label, values in losses.items()},
@@ -121,7 +125,7 @@ def _to_host(terms: Sequence[LossTerms]) -> tuple[dict[str, list[float]], dict[s
 def _find_problem(losses: dict[str, list[float]]) -> str | None:
     """Which heads and microbatches have a non-finite loss, in words."""
     places = [
-        f"{'the final loss' if label == FINAL else f'the loss of exit {label}'} in microbatch {m}"
+        f"{loss_name(label)} in microbatch {m}"
         for label, values in losses.items()
         for m, value in enumerate(values)
         if not math.isfinite(value)
@@ -130,6 +134,15 @@ def _find_problem(losses: dict[str, list[float]]) -> str | None:
         return None
     more = f" (and {len(places) - 4} more)" if len(places) > 4 else ""
     return ", ".join(places[:4]) + more + " is not finite"
+
+
+def _gradient_problem(optimizer: TrainingOptimizer, norm: float, limit: float | None) -> str:
+    """Which parameters' gradients kept a step from being applied, in words."""
+    if math.isfinite(norm):
+        return f"a spike: gradient norm {norm:.4g}, above {limit:.4g}, mostly of {optimizer.steepest_parameter()}"
+    names = optimizer.nonfinite_parameters()
+    more = f" (and of {len(names) - 3} more parameters)" if len(names) > 3 else ""
+    return f"the gradients of {', '.join(names[:3]) or 'all parameters together'} are not finite{more}"
 
 
 def _advance(trainer: Trainer, batches: Sequence[TokenBatch], applied: bool) -> None:

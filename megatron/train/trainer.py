@@ -11,6 +11,7 @@ from megatron.optim.scaler import LossScaler
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.rng import DropoutStream
 from megatron.tokenizer.base import Tokenizer
+from megatron.train.spikes import SpikeWatch
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Trainer:
     scaler: LossScaler
     lr: LrSchedule
     weight_decay: WeightDecaySchedule
+    spikes: SpikeWatch
     progress: Progress = field(default_factory=Progress)
 
     @property

@@ -99,7 +99,7 @@ def test_a_save_is_put_off_until_a_step_is_finite(runs: Runs, bad_steps, capfd) 
     bad_steps(4, 5)
     save = runs.root / "save"
     runs.train("m", save=save, save_interval=4, exit_interval=7)
-    assert "saving is put off: non-finite steps in a row: 1" in capfd.readouterr().out
+    assert "saving is put off: skipped steps in a row: 1" in capfd.readouterr().out
     assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000006", "iter_0000007"]
 
 
