@@ -42,6 +42,11 @@ class Saver:
         self.saved = trainer.progress.iteration
         self.good = 0
 
+    @property
+    def writing(self) -> bool:
+        """Whether a save is being written beside the run."""
+        return self._writing is not None and not self._writing[1].done()
+
     def finite_step(self) -> None:
         """The step just made was finite: so are the weights that were saved before it."""
         self._finite = self._trainer.progress.iteration
