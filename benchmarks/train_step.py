@@ -1,6 +1,7 @@
 """A training step with 0 to 3 exits: its time against what the FLOPs predict, and against Hugging Face transformers.
 
-On the CPU in fp32. Each contestant takes a step in turn; figures are medians of ratios within a round.
+On the CPU in fp32; each contestant takes a step in turn, figures are medians of ratios within a round. On a GPU, too: a
+1.3B model in bf16 with and without two exits, against the rate that a large matrix product reaches there.
 """
 
 import statistics
@@ -10,10 +11,17 @@ from dataclasses import dataclass
 import torch
 from report import Figure, alternate, arguments, finish, ratio
 
+from megatron.config.data import TokenizerConfig
 from megatron.config.model import ExitConfig, ModelConfig
-from megatron.testing.step_memory import measure_in_fresh_process, training_step
+from megatron.config.run import RunConfig
+from megatron.config.training import LrConfig, OptimizerConfig, PrecisionConfig, TrainingConfig
+from megatron.parallel.backend import Backend
+from megatron.testing.step_memory import measure_in_fresh_process
 from megatron.testing.tiny import random_batch
+from megatron.train import checkpoints
+from megatron.train.build import build_trainer
 from megatron.train.flops import training_flops_per_token
+from megatron.train.step import train_step
 
 EXITS = ((), (2,), (2, 4), (2, 4, 6))
 
@@ -39,10 +47,28 @@ class Shape:
         )  # fmt: skip
 
 
-def our_step(shape: Shape, exits: tuple[int, ...]) -> Callable[[], None]:
-    """Ours, with these exits."""
-    batch = random_batch(shape.batch, shape.length, shape.vocab)
-    return training_step(shape.config(), ExitConfig(exit_layer_nums=exits), shape.vocab, batch)[1]
+def our_step(shape: Shape, exits: tuple[int, ...], backend: Backend, bf16: bool = False) -> Callable[[], None]:
+    """Ours with these exits: the step of the training loop, on one microbatch."""
+    training = TrainingConfig(micro_batch_size=shape.batch, global_batch_size=shape.batch, train_iters=1000)
+    config = RunConfig(
+        model=shape.config(),
+        exits=ExitConfig(exit_layer_nums=exits),
+        tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=shape.vocab - 1),
+        training=training,
+        optimizer=OptimizerConfig(weight_decay=0.0),
+        learning_rate=LrConfig(lr=1e-3),
+        precision=PrecisionConfig(bf16=bf16),
+    )
+    trainer = build_trainer(config, backend)
+    checkpoints.start(trainer)
+    batch = random_batch(shape.batch, shape.length, shape.vocab - 1)
+    batch = type(batch)(*(None if part is None else part.to(backend.device) for part in vars(batch).values()))
+
+    def step() -> None:
+        train_step(trainer, [batch])
+        backend.synchronize()
+
+    return step
 
 
 def transformers_step(shape: Shape) -> Callable[[], None] | None:
@@ -79,14 +105,13 @@ def prediction(shape: Shape, exits: int) -> float:
     return with_exits / plain
 
 
-def main() -> int:
-    """Command line; returns the exit code."""
-    options = arguments(__doc__)
-    shape = Shape(layers=8, hidden=64, ffn=192, vocab=1024, length=64) if options.quick else Shape()
-    contestants = {str(len(exits)): our_step(shape, exits) for exits in EXITS}
+def cpu_figures(shape: Shape, rounds: int) -> list[Figure]:
+    """Time of a step, alone, against its FLOPs and against transformers."""
+    backend = Backend.choose("gloo")
+    contestants = {str(len(exits)): our_step(shape, exits, backend) for exits in EXITS}
     if theirs := transformers_step(shape):
         contestants["transformers"] = theirs
-    seconds = alternate(contestants, rounds=5 if options.quick else 15)
+    seconds = alternate(contestants, rounds)
     tokens = shape.batch * shape.length
     figures = [
         Figure(f"tokens/s with {count} exits", tokens / statistics.median(seconds[str(count)])) for count in range(4)
@@ -95,16 +120,66 @@ def main() -> int:
         relative = ratio(seconds[str(count)], seconds["0"]) / prediction(shape, count)
         figures.append(Figure(f"step with {count} exits / FLOP prediction", relative, "x", 1.05, at_least=False))
     faster = ratio(seconds["transformers"], seconds["0"]) if theirs else None
-    figures.append(Figure("tokens/s without exits / transformers", faster, "x", 1.10))
+    return [*figures, Figure("tokens/s without exits / transformers", faster, "x", 1.10)]
+
+
+def memory_figures(shape: Shape) -> list[Figure]:
+    """Peak memory of a fresh process that takes steps with exits, against one without."""
     sizes = {"num_layers": shape.layers, "hidden_size": shape.hidden, "num_attention_heads": shape.heads,
              "seq_length": shape.length, "vocab": shape.vocab, "batch": shape.batch}  # fmt: skip
     memory = [measure_in_fresh_process(list(exits), sizes) for exits in EXITS]
+    figures = []
     for count in range(1, 4):
         # the exits' own norms, with gradients and moments, are the only state that exits add here
         allowed = memory[0]["peak"] + memory[count]["state"] - memory[0]["state"]
         relative = memory[count]["peak"] / allowed
         figures.append(Figure(f"peak memory with {count} exits / without + own state", relative, "x", 1.05, False))
-    return finish("train_step", figures, options)
+    return figures
+
+
+def gpu_figures(shape: Shape, exits: tuple[int, ...], rounds: int) -> list[Figure]:
+    """A large model on the GPU in bf16; nothing but names and goals where there is none."""
+    names = ("GPU: model FLOP/s with 2 exits / matmul ceiling", "GPU: step with 2 exits / FLOP prediction")
+    if not torch.cuda.is_available():
+        return [Figure(names[0], None, "x", 0.5), Figure(names[1], None, "x", 1.02, at_least=False)]
+    seconds, ceiling = large_model(shape, exits, rounds, Backend.choose("nccl"))
+    flops = training_flops_per_token(shape.config(), ExitConfig(exit_layer_nums=exits), shape.vocab)
+    rate = flops * shape.batch * shape.length / statistics.median(seconds["with exits"])
+    relative = ratio(seconds["with exits"], seconds["without"]) / prediction(shape, len(exits))
+    return [
+        Figure("GPU: matmul ceiling", ceiling / 1e12, "TFLOP/s"),
+        Figure(names[0], rate / ceiling, "x", 0.5),
+        Figure(names[1], relative, "x", 1.02, at_least=False),
+        Figure("GPU: peak memory", torch.cuda.max_memory_allocated() / 1e9, "GB"),
+    ]
+
+
+def large_model(
+    shape: Shape, exits: tuple[int, ...], rounds: int, backend: Backend, side: int = 8192
+) -> tuple[dict[str, list[float]], float]:
+    """Seconds of steps with and without exits, in turns; FLOP/s of a square matrix product of that side in bf16."""
+    steps = {
+        "without": our_step(shape, (), backend, bf16=True),
+        "with exits": our_step(shape, exits, backend, bf16=True),
+    }
+    seconds = alternate(steps, rounds)
+    matrix = torch.randn(side, side, device=backend.device, dtype=torch.bfloat16)
+
+    def multiply() -> None:
+        for _ in range(10):
+            torch.mm(matrix, matrix)
+        backend.synchronize()
+
+    return seconds, 10 * 2 * side**3 / statistics.median(alternate({"": multiply}, rounds)[""])
+
+
+def main() -> int:
+    """Command line; returns the exit code."""
+    options = arguments(__doc__)
+    shape = Shape(layers=8, hidden=64, ffn=192, vocab=1024, length=64) if options.quick else Shape()
+    figures = cpu_figures(shape, 5 if options.quick else 15) + memory_figures(shape)
+    large = Shape(layers=24, hidden=2048, ffn=5504, heads=16, vocab=50304, length=2048, batch=4)
+    return finish("train_step", figures + gpu_figures(large, (6, 12), 5 if options.quick else 15), options)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """The MLP of a layer: plain or gated, with the activations of the GPT and Llama families."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from megatron.config.model import ModelConfig
 from megatron.nn.linear import Linear
@@ -32,7 +36,30 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [s, b, h] -> [s, b, h]."""
         inner = self.up(x)
-        if self.gated:
-            gate, up = inner.chunk(2, dim=-1)
-            return self.down(self.activation(gate) * up)
-        return self.down(self.activation(inner))
+        if not self.gated:
+            return self.down(self.activation(inner))
+        if self.activation is F.silu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self.down(_SwiGLU.apply(inner))
+        gate, up = inner.chunk(2, dim=-1)
+        return self.down(self.activation(gate) * up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, both in one tensor. Autograd would keep silu(gate) as well, and copy the gradients together."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor) -> Tensor:
+        ctx.save_for_backward(packed)
+        gate, up = packed.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (packed,) = ctx.saved_tensors
+        gate, up = packed.chunk(2, dim=-1)
+        result = torch.empty_like(packed)
+        gate_grad, up_grad = result.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=up_grad)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate_grad)
+        return result

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from megatron.config.model import ModelConfig
 
-Rope = tuple[Tensor, Tensor]  # cos, sin: [s, rotated channels / 2]
+# cos, sin: [s, rotated channels]; the first half of the channels sees the second through -sin, the second the first
+# through sin, which is how the table holds them
+Rope = tuple[Tensor, Tensor]
 
 
 def inverse_frequencies(
@@ -34,11 +36,12 @@ def _stretch_low_frequencies(frequencies: Tensor, config: ModelConfig) -> Tensor
 
 
 def rotary_tables(config: ModelConfig, start: int, stop: int, like: Tensor) -> Rope:
-    """cos and sin for positions start..stop-1, [s, rotated channels / 2], in the dtype and on the device of `like`."""
+    """The tables for positions start..stop-1, in the dtype and on the device of `like`."""
     precise = torch.promote_types(torch.float32, like.dtype)
     positions = torch.arange(start, stop, dtype=precise, device=like.device)
     angles = torch.outer(positions, inverse_frequencies(config, precise, like.device))
-    return angles.cos().to(like), angles.sin().to(like)
+    cos, sin = angles.cos().to(like), angles.sin().to(like)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def apply_rotary(x: Tensor, rope: Rope) -> Tensor:
@@ -64,11 +67,7 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    half = cos.shape[-1]
-    first, second = x[..., :half], x[..., half : 2 * half]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-direction)
-    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin, value=direction)
-    if x.shape[-1] > 2 * half:
-        out[..., 2 * half :] = x[..., 2 * half :]
-    return out
+    rotated = cos.shape[-1]
+    turning = x[..., :rotated].contiguous()  # one copy, so that what follows runs over long rows
+    turned = (turning * cos).addcmul_(turning.roll(rotated // 2, -1), sin, value=direction)
+    return turned if rotated == x.shape[-1] else torch.cat((turned, x[..., rotated:]), dim=-1)

@@ -3,6 +3,7 @@
 The tables are written anew by: python -m tests.house.test_documents
 """
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -15,9 +16,10 @@ from megatron.config.load import load
 from megatron.config.reference import markdown
 from tests.house.files import ROOT, shown, tracked
 
+RESULTS = ROOT / "benchmarks" / "results"
 README, MEGATRON = ROOT / "README.md", ROOT / "README_Megatron_LM.md"
 DOCUMENTS = [path for path in tracked() if path.suffix == ".md"]
-REGENERATE = "the flags have changed: python -m tests.house.test_documents"
+REGENERATE = "flags or results have changed: python -m tests.house.test_documents"
 
 
 def exit_flags() -> str:
@@ -25,22 +27,51 @@ def exit_flags() -> str:
     return re.search(r"\*\*exits\*\*[^\n]*\n\n(\|.*?)\n\n", markdown(), re.S)[1] + "\n"
 
 
-# document: begin and end of its generated part, and what belongs there
+def measured() -> str:
+    """What the kept results of the benchmarks say of their goals, one table for each kind of machine."""
+    tables: dict[str, list[str]] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for figure in result.get("figures", ()):
+            if figure["goal"] is not None:
+                value = "not measured" if figure["value"] is None else f"{figure['value']:.3g} {figure['unit']}".strip()
+                side = "≥" if figure["at_least"] else "≤"
+                missed = " (missed)" if figure["met"] is False else ""
+                row = f"| `{result['benchmark']}` | {figure['name']} | {value}{missed} | {side} {figure['goal']:g} |"
+                tables.setdefault(_machine(result), []).append(row)
+    head = "| `benchmarks/` | figure | measured | goal |\n|---|---|---|---|\n"
+    return "\n".join(f"{machine}:\n\n{head}" + "\n".join(rows) + "\n" for machine, rows in tables.items())
+
+
+def _machine(result: dict) -> str:
+    hardware, versions = result["hardware"], result["versions"]
+    device = hardware["gpu"] or f"{hardware['cores']} cores of {hardware['processor']}"
+    return f"{device}, Python {versions['python']}, torch {versions['torch']}"
+
+
+# document: begin and end of each generated part, and what belongs there
 GENERATED = {
-    README: ("<!-- exit flags -->", "<!-- exit flags end -->", exit_flags),
-    MEGATRON: (
-        "<!-- flags: python -m tests.house.test_documents writes this part -->",
-        "<!-- flags end -->",
-        markdown,
-    ),
+    README: [
+        ("<!-- exit flags -->", "<!-- exit flags end -->", exit_flags),
+        ("<!-- benchmarks -->", "<!-- benchmarks end -->", measured),
+    ],
+    MEGATRON: [
+        (
+            "<!-- flags: python -m tests.house.test_documents writes this part -->",
+            "<!-- flags end -->",
+            markdown,
+        )
+    ],
 }
 
 
 def with_generated_part(path: Path) -> str:
-    """The document's text with its table as it should be."""
-    begin, end, make = GENERATED[path]
-    before, rest = path.read_text(encoding="utf-8").split(begin)
-    return f"{before}{begin}\n\n{make()}\n{end}{rest.split(end)[1]}"
+    """The document's text with its tables as they should be."""
+    text = path.read_text(encoding="utf-8")
+    for begin, end, make in GENERATED[path]:
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n\n{make()}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 @pytest.mark.parametrize("path", GENERATED, ids=shown)
