@@ -31,7 +31,6 @@ import torch
 from megatron.checkpoint import manifest, megatron_legacy, native
 from megatron.checkpoint.find import TRACKER, recognise
 from megatron.checkpoint.state import RunState
-from megatron.cli import generate, pretrain, verify_checkpoint
 from megatron.config.load import load, save_config
 from megatron.data.gpt import GPTDataset, SampleSpec
 from megatron.data.indexed import HEADER, MAGIC, IndexedDataset
