@@ -1,5 +1,6 @@
 """How torch.distributed.checkpoint writes and reads its files here: in a few at a time, hashed on the way."""
 
+import errno
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
@@ -47,7 +49,11 @@ class Writer(dcp.FileSystemWriter):
             return super(Writer, self).write_data(replace(plan, items=parts[number], storage_data=own), planner).wait()
 
         with ThreadPoolExecutor(max_workers=len(parts)) as pool:
-            results = [result for part in pool.map(write, range(len(parts))) for result in part]
+            try:
+                results = [result for part in pool.map(write, range(len(parts))) for result in part]
+            except BaseException:  # a second signal, or a full disk: nobody wants the rest
+                self.fs.give_up()
+                raise
         return _done(results)
 
 
@@ -79,12 +85,17 @@ class _HashingFileSystem(FileSystem):
     def __init__(self, described: dict[Path, Description]) -> None:
         super().__init__()
         self._described = described
+        self._given_up = Event()
+
+    def give_up(self) -> None:
+        """The next write of every stream fails."""
+        self._given_up.set()
 
     @contextmanager
     def create_stream(self, path: Path, mode: str) -> Iterator[Any]:
         faults.point("tensors.open")
         with super().create_stream(path, mode) as stream:
-            hashed = _Hashed(faults.watched(stream, "tensors.write"))
+            hashed = _Hashed(faults.watched(stream, "tensors.write"), self._given_up)
             try:
                 yield hashed
             except Exception:
@@ -106,11 +117,13 @@ class _HashingFileSystem(FileSystem):
 class _Hashed:
     """A stream that is only ever appended to, and the hash of what went into it."""
 
-    def __init__(self, stream: Any) -> None:
-        self._stream, self._digest, self._size = stream, hashlib.sha256(), 0
+    def __init__(self, stream: Any, given_up: Event) -> None:
+        self._stream, self._given_up, self._digest, self._size = stream, given_up, hashlib.sha256(), 0
         self.failure: OSError | None = None
 
     def write(self, content: Any) -> int:
+        if self._given_up.is_set():
+            raise OSError(errno.ECANCELED, "the save was given up")
         self._digest.update(content)
         self._size += len(content)
         try:

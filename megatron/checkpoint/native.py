@@ -185,6 +185,8 @@ def _dcp_errors(directory: Path, *, writing: bool) -> Iterator[None]:
             yield
     except CheckpointException as report:
         cause = next(iter(report.failures.values()))[0]
+        if not isinstance(cause, Exception):  # Ctrl-C, which torch takes for a failure of the rank
+            raise cause from None
         # torch's zip writer answers a full disk with a RuntimeError
         if writing and isinstance(cause, OSError | RuntimeError):
             raise StorageError(f"cannot write {directory}: {cause}") from cause

@@ -14,6 +14,7 @@ from megatron.logs import get_logger, setup_logging
 from megatron.train import checkpoints
 from megatron.train.build import build_trainer
 from megatron.train.loop import train
+from megatron.train.signals import StopSignal
 from megatron.train.status import reported
 
 log = get_logger(__name__)
@@ -32,7 +33,7 @@ def _pretrain(argv: list[str]) -> None:
     parameters = sum(p.numel() for p in trainer.model.parameters())
     log.info("model: %s parameters on %s (tp=1 pp=1 dp=1)", f"{parameters:,}", trainer.mesh.backend.name())
     checkpoints.start(trainer, found)
-    with reported(trainer) as status:
+    with StopSignal(), reported(trainer) as status:  # a signal that comes as the run ends changes nothing any more
         status.reason = train(trainer, status.started)
     log.info("run ended: %s", status.reason)
 

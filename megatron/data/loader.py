@@ -3,9 +3,12 @@
 `build_loader` is the only place here that touches worker processes; `make_microbatch` is a pure function.
 """
 
+import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +16,8 @@ import torch
 
 from megatron.data.sampler import BatchOrder, microbatches
 from megatron.errors import DataError
+
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 class SampleSource(Protocol):
@@ -94,8 +99,12 @@ def build_loader(
         generator=torch.Generator(),  # without one, iter() would advance the global generator
         worker_init_fn=_leave_signals_to_the_trainer,
     )
+    others = set(multiprocessing.active_children())
+    with _signals_held():
+        batches = iter(loader)
+    readers = set(multiprocessing.active_children()) - others
     try:
-        for batch in loader:
+        for batch in batches:
             if isinstance(batch, DataError):
                 raise batch
             yield batch
@@ -105,11 +114,37 @@ def build_loader(
         raise DataError(
             f"a process that reads data died ({error}); --num-workers 0 reads without such processes"
         ) from error
+    finally:
+        _end(batches, readers)
+
+
+def _end(batches: Iterator, readers: Iterable[BaseProcess]) -> None:
+    """End the reading processes: asked by torch, which waits 5 seconds for each, then by force.
+
+    One that is stuck in a read, with SIGTERM ignored, would keep this process from ending. To kill it earlier would
+    make torch raise that it died.
+    """
+    if readers:
+        try:
+            batches._shutdown_workers()  # type: ignore[attr-defined]
+        finally:
+            for reader in readers:
+                reader.kill()
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals wait while reading processes start: those inherit that, so none meets one before it ignores them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave_signals_to_the_trainer(_worker: int) -> None:
     """Schedulers signal the whole process group; the trainer still needs its data until the step border."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 
