@@ -4,6 +4,7 @@ A directory with a manifest was written to its end, one that passes `verify` is 
 hashes guard against accidents; against malice there are the restricted readers (safe.py).
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -30,12 +31,14 @@ def build(directory: Path, flush: Callable[[Path], None], described: Mapping[Pat
     """The manifest of what lies in `directory`, after `flush` was called for each file and each directory below.
 
     Files that aren't `described` are read. Flushing and hashing go on side by side: one waits for the disk, the
-    other for the processor.
+    other for the processor. Raises FileNotFoundError where a described file has vanished: what is left is no whole.
     """
     files, folders = _tree(directory)
+    if lost := sorted(described.keys() - set(files.values())):
+        raise FileNotFoundError(errno.ENOENT, "vanished while it was being saved", str(lost[0]))
     with ThreadPoolExecutor(max_workers=4) as pool:
         flushed = [pool.submit(flush, path) for path in (*files.values(), *folders)]
-        found = pool.map(lambda path: described.get(path) or _describe(path), files.values())
+        found = pool.map(lambda path: described.get(path) or describe(path), files.values())
         entries = dict(zip(files, found, strict=True))
         for result in flushed:
             result.result()
@@ -66,7 +69,7 @@ def _differences(entries: dict[str, Description], files: dict[str, Path]) -> Ite
     for name in sorted(set(names) - set(sized)):
         yield f"{name} has {files[name].stat().st_size:,} bytes instead of {entries[name]['size']:,}"
     with ThreadPoolExecutor(max_workers=4) as pool:
-        for name, found in zip(sized, pool.map(_describe, (files[name] for name in sized)), strict=True):
+        for name, found in zip(sized, pool.map(describe, (files[name] for name in sized)), strict=True):
             if found["sha256"] != entries[name]["sha256"]:
                 yield f"{name} has another content than was written"
 
@@ -78,7 +81,8 @@ def _tree(directory: Path) -> tuple[dict[str, Path], list[Path]]:
     return files, [*(path for path in paths if path.is_dir() and not path.is_symlink()), directory]
 
 
-def _describe(path: Path) -> Description:
+def describe(path: Path) -> Description:
+    """Read a file."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb", buffering=0, opener=_no_link) as file:
         while block := file.read(_BLOCK):

@@ -3,7 +3,6 @@
 `<root>/iter_0001200/{facts.json, tensors/, tokenizer/}` appears as a whole (commit.py); `find.py` says which to load.
 """
 
-import hashlib
 import json
 import shutil
 import warnings
@@ -22,6 +21,7 @@ from megatron import faults
 from megatron.checkpoint import commit
 from megatron.checkpoint.dcp_files import Reader, Writer
 from megatron.checkpoint.find import FACTS, INDEX, NATIVE, TENSORS, TRACKER, format_of, iteration_name, iterations
+from megatron.checkpoint.manifest import Description, describe
 from megatron.checkpoint.safe import read_dcp_metadata
 from megatron.checkpoint.state import PADDING, Entry, RunState, check, copy_padding, entries, without
 from megatron.checkpoint.typed import count, mapping, text
@@ -50,10 +50,11 @@ def save(root: Path, iteration: int, state: RunState, tokenizer_files: Iterable[
         )
     facts = {**state.facts, "format": NATIVE, "format_version": VERSION, "iteration": iteration}
     with commit.staged(final) as staged:
-        facts["tokenizer_sha256"] = _copy_files(tokenizer_files, staged.path / TOKENIZER)
+        facts["tokenizer_sha256"] = _copy_files(tokenizer_files, staged.path / TOKENIZER, staged.described)
         written = json.dumps(facts, indent=1, sort_keys=True, allow_nan=False)
         faults.point("native.facts")
         (staged.path / FACTS).write_text(written + "\n", encoding="utf-8")
+        staged.described[staged.path / FACTS] = describe(staged.path / FACTS)
         with _dcp_errors(final, writing=True):
             dcp.save(
                 {name: tensor.detach() for name, tensor in state.tensors.items()},
@@ -170,7 +171,7 @@ def tokenizer_files(directory: Path) -> dict[str, Path]:
     files = {}
     for name, expected in read_facts(directory)["tokenizer_sha256"].items():
         path = directory / TOKENIZER / name
-        if Path(name).name != name or not path.is_file() or _sha256(path) != expected:
+        if Path(name).name != name or not path.is_file() or describe(path)["sha256"] != expected:
             raise CheckpointError(f"{path} is missing or not the file that was saved: give the tokenizer's flags")
         files[name] = path
     return files
@@ -203,8 +204,8 @@ def _index(metadata: Metadata) -> dict[str, Entry]:
     return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in metadata.state_dict_metadata.items()}
 
 
-def _copy_files(files: Iterable[Path], target: Path) -> dict[str, str]:
-    """Copy files side by side; returns name -> sha256."""
+def _copy_files(files: Iterable[Path], target: Path, described: dict[Path, Description]) -> dict[str, str]:
+    """Copy files side by side and describe them; returns name -> sha256."""
     hashes: dict[str, str] = {}
     for file in files:
         if file.name in hashes:
@@ -212,9 +213,6 @@ def _copy_files(files: Iterable[Path], target: Path) -> dict[str, str]:
         faults.point("native.tokenizer")
         target.mkdir(exist_ok=True)
         shutil.copyfile(file, target / file.name)
-        hashes[file.name] = _sha256(target / file.name)
+        described[target / file.name] = describe(target / file.name)
+        hashes[file.name] = described[target / file.name]["sha256"]
     return hashes
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

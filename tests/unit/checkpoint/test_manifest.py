@@ -1,7 +1,10 @@
 """Damage of any kind to any file of a checkpoint is found before a tensor is read (row R6)."""
 
+import json
+import os
 import random
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -160,3 +163,102 @@ def test_the_newest_intact_one_is_taken(whole: Path, tmp_path: Path, caplog: pyt
     assert [line.split(" is ")[0][-12:] for line in str(caught.value).splitlines()[1:]] == [
         "iter_0000007", "iter_0000006", "iter_0000005",
     ]  # fmt: skip
+
+
+def test_all_that_is_wrong_is_said_at_once(copy: Path) -> None:
+    (copy / "extra").write_text("")
+    (copy / "tokenizer" / "vocab.json").unlink()
+    (copy / "facts.json").write_text((copy / "facts.json").read_text().replace("12", "21"))
+    (copy / "tensors" / ".metadata").write_bytes(b"1234567")
+    size = json.loads((copy / MANIFEST).read_text())["files"]["tensors/.metadata"]["size"]
+    with pytest.raises(CheckpointError) as caught:
+        manifest.verify(copy)
+    assert str(caught.value) == (
+        f"{copy} is damaged: extra does not belong there; facts.json has another content than was written; "
+        f"tensors/.metadata has 7 bytes instead of {size:,}; tokenizer/vocab.json is missing"
+    )
+
+
+def test_without_a_manifest_it_was_not_written_to_its_end(copy: Path) -> None:
+    (copy / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=r"was not written to its end: it has no manifest\.json"):
+        manifest.verify(copy)
+    (copy / MANIFEST).mkdir()
+    with pytest.raises(CheckpointError, match=r"is not whole: manifest.json cannot be read \(Is a directory\)"):
+        manifest.verify(copy)
+
+
+def test_a_link_is_not_followed_even_to_the_same_content(copy: Path, tmp_path: Path) -> None:
+    path = copy / "facts.json"
+    path.rename(tmp_path / "outside")
+    path.symlink_to(tmp_path / "outside")
+    with pytest.raises((CheckpointError, OSError)):
+        manifest.verify(copy)
+
+
+def test_a_linked_directory_is_nothing_of_ours(copy: Path, tmp_path: Path) -> None:
+    (copy / "tensors").rename(tmp_path / "outside")
+    (copy / "tensors").symlink_to(tmp_path / "outside")
+    assert "tensors does not belong there; tensors/.metadata is missing" in refused(copy)
+    with pytest.raises(OSError):
+        manifest.build(copy, lambda path: None, {})
+
+
+def sealed(**entry: object) -> bytes:
+    """A manifest that is whole in itself, whatever it says of a file."""
+    return manifest._encode({"facts.json": {"sha256": "0" * 64, "size": 1} | entry})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        sealed(size="1"), sealed(size=1.0), sealed(size=True), sealed(sha256=0), sealed(sha256=None), sealed(more=1),
+        sealed(size=None), sealed(size=[1]), sealed().replace(b'"size"', b'"length"'), sealed()[:-1], sealed() + b" ",
+        sealed().replace(b"manifest", b"something"), sealed().replace(b'"files"', b'"content"'), b"[]", b"{}", b"1",
+        b'{"files": []}', b'{"files": {"a": 1}}', b'{"files": {"a": {}}}', b"[" * 100_000, b"\xff", b"",
+    ],
+)  # fmt: skip
+def test_a_manifest_of_another_shape_is_none(copy: Path, content: bytes) -> None:
+    (copy / MANIFEST).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"is damaged: manifest.json is (none|not as it was written)"):
+        manifest.verify(copy)
+
+
+def test_only_our_format_has_versions(copy: Path) -> None:
+    path = copy / MANIFEST
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2').replace("ee-llm-manifest", "another"))
+    assert "manifest.json is not as it was written" in refused(copy)
+
+
+def test_each_file_and_directory_is_flushed_once(copy: Path) -> None:
+    flushed: list[Path] = []
+    content = manifest.build(copy, flushed.append, {})
+    assert sorted(flushed) == sorted([copy, *copy.rglob("*")])
+    assert sorted(json.loads(content)["files"]) == sorted(path.relative_to(copy).as_posix() for path in files(copy))
+
+
+def test_a_flush_that_fails_is_an_error_whichever_it_is(copy: Path) -> None:
+    for failing in [copy, *copy.rglob("*")]:
+
+        def flush(path: Path, failing: Path = failing) -> None:
+            if path == failing:
+                raise OSError(5, "Input/output error")
+
+        with pytest.raises(OSError, match="Input/output error"):
+            manifest.build(copy, flush, {})
+
+
+def test_what_is_described_is_not_read_again(copy: Path) -> None:
+    known: manifest.Description = {"sha256": "1" * 64, "size": 3}
+    entries = json.loads(manifest.build(copy, lambda path: None, {copy / "facts.json": known}))["files"]
+    assert entries["facts.json"] == known
+    assert entries["tokenizer/vocab.json"]["size"] == os.path.getsize(copy / "tokenizer" / "vocab.json")
+
+
+def test_large_files_are_hashed_in_blocks(tmp_path: Path) -> None:
+    content = random.Random(1).randbytes(manifest._BLOCK * 2 + 7)
+    (tmp_path / "large").write_bytes(content)
+    described: dict[Path, manifest.Description] = {}
+    read = manifest.build(tmp_path, lambda path: None, described)
+    described[tmp_path / "large"] = {"sha256": sha256(content).hexdigest(), "size": len(content)}
+    assert read == manifest.build(tmp_path, lambda path: None, described)

@@ -1,11 +1,18 @@
+"""The restricted readers of pickles; and the payloads and bombs that test_hostile.py puts in every other place too."""
+
 import argparse
+import copy
+import functools
 import io
 import os
 import pickle
 import pickletools
-import sys
+import runpy
+import struct
+import subprocess
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,60 +26,200 @@ from megatron.checkpoint.safe import Namespace, read_dcp_metadata, read_legacy
 from megatron.checkpoint.state import RunState
 from megatron.errors import CheckpointError
 
+# --- what runs code where pickles are simply loaded -------------------------------------------------------------
+
 
 class Reduce:
     """Pickles as a call of `function(*args)`, with a state if one is given."""
 
-    def __init__(self, function, args, state=None):
+    def __init__(self, function: Callable, args: tuple, state: object = None):
         self.parts = (function, args) if state is None else (function, args, state)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return self.parts
 
 
-def touch(path: Path) -> str:
-    return f"open({str(path)!r}, 'w').close()"
+def python(mark: Path) -> str:
+    return f"open({str(mark)!r}, 'w').close()"
 
 
-def nested(path: Path) -> bytes:
-    """A whole torch file whose content runs code, as bytes inside another."""
+def saved(content: object, **options: object) -> bytes:
     buffer = io.BytesIO()
-    torch.save({"x": Reduce(os.system, (f"touch {path}",))}, buffer)
+    torch.save(content, buffer, **options)
     return buffer.getvalue()
 
 
-PAYLOADS = {
-    "system": lambda mark: Reduce(os.system, (f"touch {mark}",)),
-    "eval": lambda mark: Reduce(eval, (touch(mark),)),
-    "exec": lambda mark: Reduce(exec, (touch(mark),)),
-    "load_from_bytes": lambda mark: Reduce(torch.storage._load_from_bytes, (nested(mark),)),
-    "torch.load": lambda mark: Reduce(torch.load, (io.BytesIO(nested(mark)), None, None)),
+def beside(mark: Path, content: bytes) -> str:
+    """A hostile file next to where the mark would be, for a payload that makes its victim read it."""
+    path = mark.with_name("more")
+    path.write_bytes(content)
+    return str(path)
+
+
+def call_system(mark: Path) -> Reduce:
+    return Reduce(os.system, (f"touch {mark}",))
+
+
+def objects(mark: Path) -> np.ndarray:
+    return np.array([call_system(mark), None], dtype=object)
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=True)
+    return buffer.getvalue()
+
+
+PAYLOADS: dict[str, Callable[[Path], object]] = {
+    "os.system": call_system,
+    "subprocess.Popen": lambda mark: Reduce(subprocess.Popen, (["touch", str(mark)],)),
+    "eval": lambda mark: Reduce(eval, (python(mark),)),
+    "exec": lambda mark: Reduce(exec, (python(mark),)),
     "open": lambda mark: Reduce(open, (str(mark), "w")),
-    "getattr": lambda mark: Reduce(getattr, (argparse.Namespace, "__init__")),
-    "partial": lambda mark: Reduce(__import__("functools").partial, (os.system, f"touch {mark}")),
-    "numpy objects": lambda mark: np.array([Reduce(os.system, (f"touch {mark}",))], dtype=object),
-    "numpy loader": lambda mark: Reduce(np.load, (str(mark),)),
     "import": lambda mark: Reduce(__import__, ("this",)),
-    "subclass state": lambda mark: Reduce(argparse.Namespace, (), {"x": Reduce(os.system, (f"touch {mark}",))}),
-    "jit": lambda mark: Reduce(torch.jit.load, (str(mark),)),
-    "path": lambda mark: mark,
+    "partial": lambda mark: Reduce(functools.partial(os.system, f"touch {mark}"), ()),
+    "runpy": lambda mark: Reduce(runpy.run_path, (beside(mark, python(mark).encode()),)),
+    "pathlib": lambda mark: Reduce(Path.touch, (mark,)),
+    "load_from_bytes": lambda mark: Reduce(torch.storage._load_from_bytes, (saved({"x": call_system(mark)}),)),
+    "torch.load": lambda mark: Reduce(
+        functools.partial(torch.load, weights_only=False), (beside(mark, saved(call_system(mark))),)
+    ),
+    "numpy objects": objects,
+    "numpy.load": lambda mark: Reduce(
+        functools.partial(np.load, allow_pickle=True), (beside(mark, npy(objects(mark))),)
+    ),
+    "state of a namespace": lambda mark: Reduce(argparse.Namespace, (), {"x": call_system(mark)}),
 }
+# The same by hand, for what no pickler writes. %s is a command.
+BODIES = {
+    "getattr chain": b"c__builtin__\ngetattr\n(c__builtin__\n__import__\n(Vos\ntRVsystem\ntR(V%s\ntR.",
+    "INST": b"(V%s\nios\nsystem\n.",
+    "OBJ": b"(cos\nsystem\nV%s\no.",
+    "__setstate__ by BUILD": b"\x80\x02cargparse\nNamespace\n)\x81}V__setstate__\ncos\nsystem\nsbV%s\nb.",
+    "name from the memo": b"\x80\x04Vos\nq\x00Vsystem\nq\x01h\x00h\x01\x93V%s\n\x85R.",
+    "persistent id": b"\x80\x02(Vstorage\ncos\nsystem\nV%s\n\x85RtQ.",
+    "key of a dictionary": b"\x80\x02}cos\nsystem\nV%s\n\x85RNs.",
+    "behind the end": b"\x80\x02N.cos\nsystem\nV%s\n\x85R.",
+}
+
+
+def pickled(name: str, mark: Path) -> bytes:
+    """A payload as a pickle."""
+    if name in PAYLOADS:
+        return pickle.dumps(PAYLOADS[name](mark), protocol=2)
+    return BODIES[name] % f"touch {mark}".encode()
+
+
+def archive(body: bytes, more: Mapping[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED) -> bytes:
+    """A file as torch.save writes it, around a pickle of one's own."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as file:
+        for name, content in {"data.pkl": body, "version": b"3\n", "byteorder": b"little", **(more or {})}.items():
+            file.writestr(f"x/{name}", content)
+    return buffer.getvalue()
+
+
+def before_1_6(body: bytes) -> bytes:
+    """The same as torch wrote it before 1.6: pickles one after the other."""
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+    head = [pickle.dumps(value, protocol=2) for value in (0x1950A86A20F9469CFC6C, 1001, system)]
+    return b"".join([*head, body, pickle.dumps([], protocol=2)])
+
+
+# --- bombs: what takes all memory, all stack or for ever --------------------------------------------------------
+
+Trap = Callable[[bytes], bytes]
+"""From the good content of a file to a bad one."""
+
+P2, DEEP = b"\x80\x02", 200_000  # some 150,000 levels of tuples are more than a stack of 8 MB can hash
+
+
+def word(text: str) -> bytes:
+    """The opcode that pushes a string."""
+    return b"X" + struct.pack("<I", len(text)) + text.encode()
+
+
+def doubled() -> bytes:
+    """A list of pairs, each of the one before it: 2^60 values for who follows the references. The last is memo 60."""
+    return b"](K\x01q\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60)) + b"e"
+
+
+PICKLE_BOMBS = {
+    "a key nested deeply": P2 + b"})" + b"\x85" * DEEP + b"Ns.",
+    "a key that doubles": P2 + b"}(" + word("k") + doubled() + b"h\x3cNu.",
+    "lists nested deeply": P2 + b"]" * 50_000 + b"a" * 49_999 + b".",
+    "a string of a terabyte, so it says": P2 + b"\x8e" + struct.pack("<Q", 1 << 40) + b".",
+    "a memo of 2^31": P2 + b"Nr\xff\xff\xff\x7f.",
+    "pops an empty stack": P2 + b"0.",
+    "refers to what is not there": P2 + b"h\x05.",
+    "many empty dictionaries": P2 + b"](" + b"}" * 100_000 + b"e.",
+}
+
+
+def floats(*counts: int) -> bytes:
+    """The pickle of a list of float tensors, each in a storage of its own."""
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n((%bctorch\nFloatStorage\n%b%bJ%btQK\x00J%b\x85K\x01\x85\x89%b)RtR"
+    parts = [
+        tensor
+        % (word("storage"), word(str(i)), word("cpu"), *[struct.pack("<i", n)] * 2, b"ccollections\nOrderedDict\n")
+        for i, n in enumerate(counts)
+    ]
+    return P2 + b"](" + b"".join(parts) + b"e."
+
+
+@functools.cache
+def compressed() -> bytes:
+    """300 MB of zeros in 300 kB."""
+    return archive(floats(75 << 20), {"data/0": bytes(300 << 20)}, zipfile.ZIP_DEFLATED)
+
+
+def overlapping() -> bytes:
+    """100 entries that are one and the same 3 MB of the file."""
+    buffer = io.BytesIO(archive(floats(*[3 << 18] * 100), {"data/0": bytes(3 << 20)}))
+    with zipfile.ZipFile(buffer, "a") as file:
+        first = file.getinfo("x/data/0")
+        for i in range(1, 100):
+            again = copy.copy(first)
+            again.filename = f"x/data/{i}"
+            file.filelist.append(again)
+        file.writestr("x/end", b"")  # else the list is not written anew
+    return buffer.getvalue()
+
+
+def scripted() -> bytes:
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), buffer)
+    return buffer.getvalue()
+
+
+ARCHIVES: dict[str, Trap] = {
+    "compressed zeros": lambda good: compressed(),
+    "entries that overlap": lambda good: overlapping(),
+    "two pickles": lambda good: archive(pickle.dumps({}), {"more/data.pkl": pickle.dumps({})}),
+    "no pickle": lambda good: archive(b"").replace(b"data.pkl", b"data.abc"),
+    "a hostile archive behind": lambda good: good + archive(BODIES["INST"] % b"false"),
+    "a hostile archive before": lambda good: archive(BODIES["INST"] % b"false") + good,
+    "a TorchScript module": lambda good: scripted(),
+    "cut in half": lambda good: good[: len(good) // 2],
+}
+
+
+# --- the readers ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("name", PAYLOADS)
-def test_hostile_files_are_refused_by_name_and_run_nothing(tmp_path, name, zipped):
+def test_what_a_file_asks_for_is_named(tmp_path, name, zipped):
     mark, file = tmp_path / "mark", tmp_path / "model_optim_rng.pt"
     state = {"args": PAYLOADS[name](mark), "model": {"w": torch.ones(2)}}
     torch.save(state, file, _use_new_zipfile_serialization=zipped)
     with pytest.raises(CheckpointError, match=r"model_optim_rng.pt: (refused: it asks for [\w.]+|numpy arrays)"):
         read_legacy(file)
     assert not mark.exists()
-    assert "this" not in sys.modules
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
-@pytest.mark.parametrize("name", ["system", "eval", "numpy objects"])
+@pytest.mark.parametrize("name", ["os.system", "eval", "numpy objects"])
 def test_no_pickle_protocol_helps(tmp_path, name, protocol):
     mark, file = tmp_path / "mark", tmp_path / "f.pt"
     torch.save({"args": PAYLOADS[name](mark)}, file, pickle_protocol=protocol)
@@ -140,13 +287,6 @@ def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
         read_legacy(file)
 
 
-def test_torchscript_archives_are_refused(tmp_path):
-    file = tmp_path / "f.pt"
-    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), file)
-    with pytest.raises(CheckpointError, match=r"f.pt"):
-        read_legacy(file)
-
-
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"hello", b"\x80\x02.", b"PK\x03\x04" + b"\0" * 100])
 def test_files_that_are_no_checkpoint(tmp_path, content):
     (tmp_path / "f.pt").write_bytes(content)
@@ -208,42 +348,38 @@ def test_damage_gives_our_error_or_a_dictionary(tmp_path_factory, data):
         assert "f.pt" in str(error)
 
 
-# --- the index of torch.distributed.checkpoint ---
+# --- the index of torch.distributed.checkpoint --------------------------------------------------------------------
 
 
 @pytest.fixture
-def saved(tmp_path):
+def index(tmp_path):
     state = RunState({"model/a": torch.randn(3, 2), "model/b": torch.tensor(1.0).bfloat16()})
     return native.save(tmp_path, 1, state) / "tensors" / ".metadata"
 
 
-def test_our_own_index_is_read(saved):
-    metadata = read_dcp_metadata(saved)
-    theirs = pickle.loads(saved.read_bytes())
+def test_our_own_index_is_read(index):
+    metadata = read_dcp_metadata(index)
+    theirs = pickle.loads(index.read_bytes())
     assert metadata.storage_data == theirs.storage_data
     assert metadata.state_dict_metadata == theirs.state_dict_metadata
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("name", PAYLOADS)
-def test_a_hostile_index_runs_nothing(saved, tmp_path, name, protocol):
+def test_what_an_index_asks_for_is_named(index, tmp_path, name, protocol):
     mark = tmp_path / "mark"
-    metadata = pickle.loads(saved.read_bytes())
-    if name != "torch.load":  # its file object cannot be pickled outside torch.save
-        metadata.planner_data = PAYLOADS[name](mark)
-    else:
-        metadata.planner_data = Reduce(torch.load, (str(mark),))
-    saved.write_bytes(pickle.dumps(metadata, protocol=protocol))
+    metadata = pickle.loads(index.read_bytes())
+    metadata.planner_data = PAYLOADS[name](mark)
+    index.write_bytes(pickle.dumps(metadata, protocol=protocol))
     with pytest.raises(CheckpointError, match=r"\.metadata: refused: it asks for"):
-        native.tensor_index(saved.parent.parent)
+        native.tensor_index(index.parent.parent)
     assert not mark.exists()
-    assert "this" not in sys.modules
 
 
-def tampered(saved, change):
-    metadata = pickle.loads(saved.read_bytes())
+def tampered(index, change):
+    metadata = pickle.loads(index.read_bytes())
     change(metadata)
-    saved.write_bytes(pickle.dumps(metadata))
+    index.write_bytes(pickle.dumps(metadata))
 
 
 def _bytes_entry(metadata):
@@ -279,41 +415,29 @@ def _each_place(**changes):
         (lambda m: setattr(m.state_dict_metadata["model/a"], "properties", 3), "where TensorProperties belongs"),
     ],
 )
-def test_an_index_that_is_off_is_refused(saved, change, message):
-    tampered(saved, change)
+def test_an_index_that_is_off_is_refused(index, change, message):
+    tampered(index, change)
     with pytest.raises(CheckpointError, match=message):
-        read_dcp_metadata(saved)
+        read_dcp_metadata(index)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", pickle.dumps(3), b"\x80\x02Nr\xff\xff\xff\x7f."])
-def test_an_index_that_is_none(saved, content):
-    saved.write_bytes(content)
+def test_an_index_that_is_none(index, content):
+    index.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"\.metadata"):
-        read_dcp_metadata(saved)
-    saved.unlink()
+        read_dcp_metadata(index)
+    index.unlink()
     with pytest.raises(CheckpointError, match="cannot read"):
-        read_dcp_metadata(saved)
+        read_dcp_metadata(index)
 
 
-def test_state_cannot_be_set_on_what_the_index_reader_hands_out(saved):
+def test_state_cannot_be_set_on_what_the_index_reader_hands_out(index):
     """BUILD applied to a class must not reach anything that outlives the reading."""
     from torch.distributed.checkpoint.metadata import Metadata
 
     body = b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\nN}X\x03\x00\x00\x00badK\x01s\x86b."
     assert "BUILD" in [opcode.name for opcode, _, _ in pickletools.genops(body)]
-    saved.write_bytes(body)
+    index.write_bytes(body)
     with pytest.raises(CheckpointError):
-        read_dcp_metadata(saved)
+        read_dcp_metadata(index)
     assert not hasattr(Metadata, "bad")
-
-
-@pytest.mark.parametrize("name", ["system", "eval", "load_from_bytes", "numpy objects"])
-def test_hostile_tensor_files_run_nothing(saved, tmp_path, name):
-    mark = tmp_path / "mark"
-    buffer = io.BytesIO()
-    torch.save(PAYLOADS[name](mark), buffer)
-    (saved.parent / "__0_0.distcp").write_bytes(buffer.getvalue())
-    tampered(saved, _each_place(offset=0, length=len(buffer.getvalue())))
-    with pytest.raises(CheckpointError, match="damaged"):
-        native.read(saved.parent.parent)
-    assert not mark.exists()
