@@ -72,7 +72,7 @@ def replace_file(path: Path, text: str) -> None:
         faults.point("commit.replace_file")
         with atomic_write(str(path)) as file:
             file.write(text.encode())
-        _flush(path.parent)
+        flush(path.parent)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error}") from error
 
@@ -94,7 +94,7 @@ def sweep(root: Path) -> None:
 
     What can't be removed now is left to the next save.
     """
-    for path in sorted(root.iterdir()):
+    for path in sorted(root.iterdir()) if root.is_dir() else ():
         match = _ASIDE.fullmatch(path.name)
         with suppress(OSError):
             if match and match["kind"] == "replaced" and not (root / match["name"]).exists():
@@ -109,12 +109,12 @@ def sweep(root: Path) -> None:
 
 
 def _seal(staged: Staged) -> None:
-    content = manifest.build(staged.path, _flush, staged.described)
+    content = manifest.build(staged.path, flush, staged.described)
     path = staged.path / manifest.MANIFEST
     faults.point("commit.manifest")
     path.write_bytes(content)
-    _flush(path)
-    _flush(staged.path)
+    flush(path)
+    flush(staged.path)
 
 
 def _take_name(staging: Path, final: Path) -> None:
@@ -132,7 +132,7 @@ def _take_name(staging: Path, final: Path) -> None:
             old.rename(final)
         raise
     try:
-        _flush(final.parent)
+        flush(final.parent)
     finally:
         if replacing:
             with suppress(OSError):  # the next save sweeps it
@@ -144,7 +144,7 @@ def _aside(path: Path, kind: str) -> Path:
     return path.with_name(f"{path.name}.{kind}-{uuid.uuid4().hex}")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Force a file's content, or a directory's names, to the disk."""
     faults.point("commit.flush")
     handle = os.open(path, os.O_RDONLY)

@@ -19,17 +19,18 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron import faults
+from megatron.checkpoint.commit import flush
 from megatron.checkpoint.manifest import Description
 
-MOST_FILES = 4
-_FULL_FILE = 32 << 20  # bytes: a smaller checkpoint is one file
+MOST_FILES, AT_A_TIME = 8, 4  # more files than threads: some reach the disk while others are still hashed
+_FULL_FILE = 16 << 20  # bytes: a smaller checkpoint is one file
 
 
 class Writer(dcp.FileSystemWriter):
-    """Cuts a rank's tensors into up to four files of like size, and writes those at the same time.
+    """Cuts a rank's tensors into a few files of like size, writes some at a time, and flushes each when it is done.
 
-    Leaves out the identity of the save and its path: the same state gives the same index. Flushing is left to
-    commit.py. `described` receives what was written, file by file.
+    Leaves out the identity of the save and its path: the same state gives the same index. `described` receives what
+    was written, file by file.
     """
 
     def __init__(self, path: Path, described: dict[Path, Description]) -> None:
@@ -48,7 +49,7 @@ class Writer(dcp.FileSystemWriter):
             own = replace(plan.storage_data, prefix=f"{prefix}{number}")
             return super(Writer, self).write_data(replace(plan, items=parts[number], storage_data=own), planner).wait()
 
-        with ThreadPoolExecutor(max_workers=len(parts)) as pool:
+        with ThreadPoolExecutor(max_workers=AT_A_TIME) as pool:
             try:
                 results = [result for part in pool.map(write, range(len(parts))) for result in part]
             except BaseException:  # a second signal, or a full disk: nobody wants the rest
@@ -73,7 +74,7 @@ class Reader(dcp.FileSystemReader):
         for item in plan.items:
             by_file[self.storage_data[item.storage_index].relative_path].append(item)
         read = super().read_data
-        with ThreadPoolExecutor(max_workers=MOST_FILES) as pool:
+        with ThreadPoolExecutor(max_workers=AT_A_TIME) as pool:
             for result in pool.map(lambda items: read(replace(plan, items=items), planner), by_file.values()):
                 result.wait()
         return _done(None)
@@ -102,6 +103,7 @@ class _HashingFileSystem(FileSystem):
                 if hashed.failure:  # torch's zip writer reports it as an error of its own
                     raise hashed.failure from None
                 raise
+        flush(path)
         self._described[path] = hashed.description()
 
     def mkdir(self, path: Path) -> None:

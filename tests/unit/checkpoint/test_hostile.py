@@ -77,7 +77,8 @@ manifest, strange: a pipe; a link to an endless device; a hole of 8 GB; a pipe t
     end
 megatron: a key nested deeply; a key that doubles; arguments that double; arguments that hold themselves; arguments
     nested deeply; arguments that are the rest; arguments as a huge tensor; a model that holds itself; a model that
-    doubles; as many ranks; as many layers
+    doubles; as many ranks; as many layers; an iteration of 400 digits; a
+    version of 400 digits
 megatron, before torch 1.6: a key nested deeply; a key that doubles
 megatron, strange: a pipe
 own tokenizer: nested deeply; mappings nested deeply
@@ -435,7 +436,7 @@ def doubled_dictionaries(levels: int = 60) -> bytes:
 
 
 def legacy(**changes: object) -> Trap:
-    return lambda good: saved({"args": Namespace(), "model": {}} | changes)
+    return lambda good: saved(torch.load(io.BytesIO(good), weights_only=False) | changes)
 
 
 def spread(*shape: int) -> torch.Tensor:

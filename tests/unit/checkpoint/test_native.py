@@ -286,7 +286,7 @@ def test_stock_torch_reads_it_too(tmp_path, state):
 def large_state() -> RunState:
     """More than two files' worth."""
     generator = torch.Generator().manual_seed(1)
-    sizes = [5 << 20, 7 << 20, 3, 6 << 20, 4 << 20, 1000]
+    sizes = [1 << 20, 2 << 20, 3, 1000] + 9 * [2 << 20]
     return RunState({f"model/{i}": torch.randn(size, generator=generator) for i, size in enumerate(sizes)})
 
 
@@ -294,7 +294,7 @@ def test_a_large_checkpoint_is_cut_into_files_of_like_size(tmp_path: Path) -> No
     state = large_state()
     directory = native.save(tmp_path, 1, state)
     sizes = [path.stat().st_size for path in sorted((directory / "tensors").glob("*.distcp"))]
-    assert len(sizes) == 2 and max(sizes) < 1.3 * min(sizes)
+    assert len(sizes) == 5 and max(sizes) <= 1.5 * min(sizes)
     loaded = native.read(directory).tensors
     assert all(torch.equal(loaded[name], state.tensors[name]) for name in state.tensors)
 
