@@ -11,7 +11,7 @@ import pytest
 
 from tests.house.files import PACKAGE, ROOT, shown, tracked
 
-BENCHMARKS = sorted(path for path in tracked() if path.parent == ROOT / "benchmarks" and path.name != "report.py")
+BENCHMARKS = sorted(path for path in tracked() if path.match("benchmarks/*.py") and path.name != "report.py")
 PROGRAMS = BENCHMARKS + sorted(
     path for path in tracked() if path.suffix == ".py" and (path.parent == ROOT / "tools" or path.parent == ROOT)
 )
