@@ -366,14 +366,14 @@ VANISHING = {
 def test_directories_that_vanish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, iteration: int) -> None:
     """A save says that it failed, or what it wrote is whole; where the old one was not touched it is still there.
 
-    Once files are flushed nobody can tell: then the new one is found damaged, as if it had been removed later.
+    Once the manifest is being made nobody need notice: then the new one is found damaged, as if removed later.
     """
     outcomes = set()
     with faults.armed() as passed:
         save(tmp_path / "count", iteration, 2)
     writes = [number for number, name in enumerate(passed, 1) if name == "tensors.write"]
     moments = sorted({*range(1, len(passed) + 1)} - {*writes[2:-2]})
-    first_flush = passed.index("commit.flush")
+    tensors_written = len(passed) - passed[::-1].index("tensors.rename")
     for when in moments:
         root = tmp_path / str(when) / "save"
         root.parent.mkdir()
@@ -387,7 +387,7 @@ def test_directories_that_vanish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                 outcomes.add("failed")
         if what == "the root":
             assert recognise_if_any(root) is None or native.read(recognise(root).directory).tensors
-        elif when < first_flush:
+        elif when <= tensors_written:
             assert_some(root, {(OLD, 1), (iteration, 2)}, f"{when}: {passed[when - 1]}")
         save(root, LATER, 3)
         assert_whole(root, LATER, 3)
