@@ -3,7 +3,9 @@
 Callers meet `OSError` only; a failed write leaves the old file as it was and no temporary one behind.
 """
 
+import errno
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +17,22 @@ from megatron import faults
 def temporary_name(path: str) -> str:
     """A name beside `path` that no other process uses."""
     return f"{path}.{uuid.uuid4().hex}.tmp"
+
+
+def read_small(path: str | os.PathLike[str], most: int) -> bytes:
+    """The content of an ordinary file of at most `most` bytes.
+
+    Foreign directories may hold pipes (opening one waits for ever), links to devices (that never end) and files with
+    holes (that take no disk, but memory): those are an OSError.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no ordinary file")
+        if status.st_size > most:
+            raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, more than any such file")
+        return file.read(most)
 
 
 @contextmanager

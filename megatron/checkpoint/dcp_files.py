@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,18 +10,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import IO, Any
 
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.utils import _ReaderView
 from torch.futures import Future
 
 from megatron import faults
 from megatron.checkpoint.commit import flush
 from megatron.checkpoint.manifest import Description
+from megatron.checkpoint.safe import brief, check_tensor
+from megatron.errors import CheckpointError
 
 MOST_FILES, AT_A_TIME = 8, 4  # more files than threads: some reach the disk while others are still hashed
 _FULL_FILE = 16 << 20  # bytes: a smaller checkpoint is one file
@@ -73,11 +77,29 @@ class Reader(dcp.FileSystemReader):
         by_file = defaultdict(list)
         for item in plan.items:
             by_file[self.storage_data[item.storage_index].relative_path].append(item)
-        read = super().read_data
+
+        def read(file: str) -> None:
+            try:
+                super(Reader, self).read_data(replace(plan, items=by_file[file]), planner).wait()
+            except Exception as error:  # torch's own, of many kinds
+                said = str(error) if isinstance(error, CheckpointError) else brief(error)
+                raise CheckpointError(f"{file}: {said}") from error
+
         with ThreadPoolExecutor(max_workers=AT_A_TIME) as pool:
-            for result in pool.map(lambda items: read(replace(plan, items=items), planner), by_file.values()):
-                result.wait()
+            list(pool.map(read, by_file))
         return _done(None)
+
+    def _slice_file(self, file: Any, sinfo: _StorageInfo) -> IO[bytes]:
+        """A tensor's part of a file, once it is known to hold just that: torch's reader would expand bombs."""
+        check_tensor(_Part(file, sinfo.offset, sinfo.length))
+        return super()._slice_file(file, sinfo)
+
+
+class _Part(_ReaderView):
+    """A part of a file, as a file; torch's own takes offsets from its end with the wrong sign."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        return super().seek(offset + self.len * (whence == os.SEEK_END)) - self.offset
 
 
 class _HashingFileSystem(FileSystem):

@@ -9,6 +9,7 @@ from megatron.checkpoint import manifest
 from megatron.checkpoint.commit import set_aside
 from megatron.checkpoint.manifest import MANIFEST
 from megatron.errors import CheckpointError
+from megatron.files import read_small
 from megatron.logs import get_logger
 
 NATIVE: Literal["native"] = "native"
@@ -22,6 +23,7 @@ RANK_DIRECTORY = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(_\d{3,})?")
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 
+_LARGEST_TRACKER = 4096  # bytes
 _ITERATION = re.compile(r"iter_(\d{7,})")
 _log = get_logger(__name__)
 
@@ -154,7 +156,7 @@ def iterations(root: Path) -> dict[int, Found]:
 def _tracked(root: Path) -> int | str | None:
     """What the tracker says: an iteration, "release" or anything else it holds; None if there is no tracker."""
     try:
-        text = (root / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+        text = read_small(root / TRACKER, _LARGEST_TRACKER).decode("utf-8", errors="replace").strip()
     except OSError:
         return None
     return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else text

@@ -3,7 +3,8 @@
 A scheduler or scaler that lacks keys is left out with a warning; a value of a wrong type is an error.
 """
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +30,8 @@ _SCHEDULER = {
     "wd_incr_steps": number,
 }
 
+_MOST_VALUES = 1_000_000
+_DEEPEST = 50
 _log = get_logger(__name__)
 
 
@@ -69,19 +72,34 @@ def _checked(name: str, state: Any, getters: Mapping[str, Any], where: str) -> d
         return None
     for key, getter in getters.items():
         getter(state, key, f"{where}, {name}")
-    return json_able(state)
+    return json_able(state, where)
 
 
-def json_able(value: Any) -> Any:
-    """Plain data of what a Namespace, a scheduler or a scaler holds; names of types and enumerations as text."""
+def json_able(value: Any, where: str) -> Any:
+    """Plain data of what a Namespace, a scheduler or a scaler holds; names of types and enumerations as text.
+
+    Raises:
+        CheckpointError: it holds itself, or far more than such things do.
+    """
+    return _plain(value, where, itertools.count(1), 0)
+
+
+def _plain(value: Any, where: str, counted: Iterator[int], depth: int) -> Any:
+    size = value.numel() if isinstance(value, Tensor) else 0
+    if next(counted) > _MOST_VALUES or size > _MOST_VALUES or depth > _DEEPEST:
+        raise CheckpointError(f"{where}: refused: its arguments hold themselves, or far more values than arguments do")
+
+    def inner(item: Any) -> Any:
+        return _plain(item, where, counted, depth + 1)
+
     if isinstance(value, Namespace):
-        return json_able(vars(value))
+        return inner(vars(value))
     if isinstance(value, Mapping):
-        return {str(key): json_able(item) for key, item in value.items()}
+        return {str(key): inner(item) for key, item in value.items()}
     if isinstance(value, Tensor):
-        return value.item() if value.numel() == 1 else value.tolist()
+        return value.item() if size == 1 else value.tolist()
     if isinstance(value, str) or not isinstance(value, Iterable):
         if value is None or isinstance(value, bool | int | float | str):
             return value
         return repr(value) if isinstance(value, EnumMember) else str(value).removeprefix("torch.")
-    return [json_able(item) for item in value]
+    return [inner(item) for item in value]

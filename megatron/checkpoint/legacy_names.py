@@ -9,6 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron.errors import CheckpointError
+
+_DEEPEST = 50
 TIED_COPY = "word_embeddings_for_head.weight"
 
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)")
@@ -36,15 +39,27 @@ _TOP = {
 _HEAD = re.compile(r"exit_output_layer\.(\d+)\.weight")
 
 
-def flatten(model: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """Nested dictionaries of a rank's `model` as one: dotted names in today's spelling, in the file's order."""
+def flatten(model: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    """Nested dictionaries of a rank's `model` as one: dotted names in today's spelling, in the file's order.
+
+    Raises:
+        CheckpointError: one of them stands in several places, or in itself; `where` says of which file.
+    """
     flat: dict[str, Tensor] = {}
-    for key, value in model.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{name}.")
-        elif isinstance(value, Tensor):
-            flat[_today(name)] = value.detach()
+    met: set[int] = set()
+
+    def walk(part: Mapping[str, Any], prefix: str) -> None:
+        if (part and id(part) in met) or prefix.count(".") > _DEEPEST:
+            raise CheckpointError(f"{where}: refused: the model's {prefix[:80]} is nested without end or repeated")
+        met.add(id(part))
+        for key, value in part.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, Mapping):
+                walk(value, f"{name}.")
+            elif isinstance(value, Tensor):
+                flat[_today(name)] = value.detach()
+
+    walk(model, "")
     return flat
 
 

@@ -8,16 +8,19 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import TypedDict
 
 from megatron.errors import CheckpointError
+from megatron.files import read_small
 
 MANIFEST = "manifest.json"
 _FORMAT = "ee-llm-manifest"
 _BLOCK = 1 << 20
+_LARGEST = 64 << 20  # bytes of a manifest
 
 
 class Description(TypedDict):
@@ -53,7 +56,10 @@ def verify(directory: Path) -> dict[str, int]:
             the message names all such files.
     """
     entries = _read(directory)
-    files, _ = _tree(directory)
+    try:
+        files, _ = _tree(directory)
+    except (OSError, RecursionError) as error:
+        raise CheckpointError(f"{directory} is damaged: what lies in it cannot be listed ({error})") from error
     files.pop(MANIFEST, None)
     problems = [f"{name} is missing" for name in entries.keys() - files.keys()]
     problems += [f"{name} does not belong there" for name in files.keys() - entries.keys()]
@@ -63,15 +69,25 @@ def verify(directory: Path) -> dict[str, int]:
     return {name: entry["size"] for name, entry in sorted(entries.items())}
 
 
-def _differences(entries: dict[str, Description], files: dict[str, Path]) -> Iterable[str]:
+def _differences(entries: dict[str, Description], files: dict[str, Path]) -> Iterator[str]:
     names = sorted(entries.keys() & files.keys())
-    sized = [name for name in names if files[name].stat().st_size == entries[name]["size"]]
-    for name in sorted(set(names) - set(sized)):
-        yield f"{name} has {files[name].stat().st_size:,} bytes instead of {entries[name]['size']:,}"
     with ThreadPoolExecutor(max_workers=4) as pool:
-        for name, found in zip(sized, pool.map(describe, (files[name] for name in sized)), strict=True):
-            if found["sha256"] != entries[name]["sha256"]:
-                yield f"{name} has another content than was written"
+        found = pool.map(lambda name: _difference(entries[name], files[name]), names)
+        yield from (f"{name} {difference}" for name, difference in zip(names, found, strict=True) if difference)
+
+
+def _difference(entry: Description, path: Path) -> str | None:
+    """How a file is not as it was written; None if it is."""
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            return "is no ordinary file"
+        if status.st_size != entry["size"]:
+            return f"has {status.st_size:,} bytes instead of {entry['size']:,}"
+        same = describe(path)["sha256"] == entry["sha256"]
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None if same else "has another content than was written"
 
 
 def _tree(directory: Path) -> tuple[dict[str, Path], list[Path]]:
@@ -105,7 +121,7 @@ def _encode(entries: dict[str, Description]) -> bytes:
 def _read(directory: Path) -> dict[str, Description]:
     path = directory / MANIFEST
     try:
-        content = path.read_bytes()
+        content = read_small(path, _LARGEST)
     except FileNotFoundError:
         raise CheckpointError(f"{directory} was not written to its end: it has no {MANIFEST}") from None
     except OSError as error:
@@ -116,7 +132,7 @@ def _read(directory: Path) -> dict[str, Description]:
             _plain_name(name): {"sha256": str(entry["sha256"]), "size": int(entry["size"])}
             for name, entry in found["files"].items()
         }
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, ArithmeticError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{directory} is damaged: {MANIFEST} is none ({error})") from error
     if found.get("format") == _FORMAT and found.get("version") != 1:
         raise CheckpointError(f"{path} has version {found.get('version')}; this program reads 1: update it")

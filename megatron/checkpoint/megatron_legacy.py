@@ -114,7 +114,7 @@ def _open(directory: Path) -> Ranks:
     if len(paths) < len(there):
         raise CheckpointError(f"{directory} mixes mp_rank_TT and mp_rank_TT_PPP: remove those that don't belong")
     first = read_legacy(paths[0, 0])
-    args = json_able(first.get("args", {}))
+    args = json_able(first.get("args", {}), str(paths[0, 0]))
     if not isinstance(args, dict):
         raise CheckpointError(f"{paths[0, 0]}: its arguments are no namespace")
     where = f"{directory}, args"
@@ -152,7 +152,8 @@ def _stages(ranks: Ranks) -> tuple[list[Stage], Parts]:
     chunks = _chunks(ranks)
     for (t, p), state in ranks.states.items():
         for chunk, key in enumerate(chunks):
-            parts[t, p, chunk] = names.flatten(mapping(state, key, f"{ranks.directory}, tp rank {t}, pp rank {p}"))
+            where = f"{ranks.directory}, tp rank {t}, pp rank {p}"
+            parts[t, p, chunk] = names.flatten(mapping(state, key, where), where)
     stages, first, numbers = [], 0, ranks.exits
     for chunk in range(len(chunks)):
         for p in range(ranks.pp):

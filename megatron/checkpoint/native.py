@@ -22,15 +22,17 @@ from megatron.checkpoint import commit
 from megatron.checkpoint.dcp_files import Reader, Writer
 from megatron.checkpoint.find import FACTS, INDEX, NATIVE, TENSORS, TRACKER, format_of, iteration_name, iterations
 from megatron.checkpoint.manifest import Description, describe
-from megatron.checkpoint.safe import read_dcp_metadata
+from megatron.checkpoint.safe import brief, read_dcp_metadata
 from megatron.checkpoint.state import PADDING, Entry, RunState, check, copy_padding, entries, without
 from megatron.checkpoint.typed import count, mapping, text
 from megatron.errors import CheckpointError, StorageError
+from megatron.files import read_small
 from megatron.logs import get_logger
 
 _log = get_logger(__name__)
 VERSION = 1
 TOKENIZER = "tokenizer"
+_LARGEST_FACTS = 64 << 20  # bytes
 
 
 def save(root: Path, iteration: int, state: RunState, tokenizer_files: Iterable[Path] = ()) -> Path:
@@ -128,7 +130,7 @@ def read_facts(directory: Path) -> dict[str, Any]:
     """
     path = directory / FACTS
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads(read_small(path, _LARGEST_FACTS).decode("utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     except (ValueError, RecursionError) as error:
@@ -157,7 +159,10 @@ def tensor_index(directory: Path) -> dict[str, Entry]:
 def read(directory: Path, *, ignore: tuple[str, ...] = ()) -> RunState:
     """The whole checkpoint in new CPU tensors, for converters and tools. Errors as for `load`."""
     index = without(tensor_index(directory), ignore)
-    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in index.items()}
+    try:
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in index.items()}
+    except (RuntimeError, TypeError) as error:  # no memory; or a size beyond what a number of torch's can say
+        raise CheckpointError(f"{directory}: no room for its tensors: {brief(error)}") from error
     load(directory, tensors, ignore=ignore)
     return RunState(tensors, read_facts(directory))
 
@@ -168,11 +173,14 @@ def tokenizer_files(directory: Path) -> dict[str, Path]:
     Raises:
         CheckpointError: a file is missing or is not the one that was saved.
     """
-    files = {}
+    files, inside = {}, directory / TOKENIZER
+    there = {path.name: path for path in inside.iterdir()} if inside.is_dir() else {}
     for name, expected in read_facts(directory)["tokenizer_sha256"].items():
-        path = directory / TOKENIZER / name
-        if Path(name).name != name or not path.is_file() or describe(path)["sha256"] != expected:
-            raise CheckpointError(f"{path} is missing or not the file that was saved: give the tokenizer's flags")
+        path = there.get(name)
+        if path is None or not path.is_file() or describe(path)["sha256"] != expected:
+            raise CheckpointError(
+                f"{inside}: {name:.200} is missing or not the file that was saved: give the tokenizer's flags"
+            )
         files[name] = path
     return files
 
@@ -193,7 +201,8 @@ def _dcp_errors(directory: Path, *, writing: bool) -> Iterator[None]:
             raise StorageError(f"cannot write {directory}: {cause}") from cause
         if writing:
             raise cause from None
-        raise CheckpointError(f"{directory} is damaged: {type(cause).__name__}: {cause}") from cause
+        said = str(cause) if isinstance(cause, CheckpointError) else brief(cause)
+        raise CheckpointError(f"{directory} is damaged: {said}") from cause
 
 
 def _metadata(directory: Path) -> Metadata:

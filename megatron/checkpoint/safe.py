@@ -5,12 +5,13 @@ replaced by an inert class that merely keeps what it is given. Anything else is 
 """
 
 import io
+import itertools
+import math
 import pickle
-import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,7 +26,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron.checkpoint.pickle_scan import names_in
 from megatron.errors import CheckpointError
+from megatron.files import read_small
 
 # What a damaged or hostile file can raise inside the restricted readers.
 _MALFORMED = (
@@ -45,6 +48,8 @@ _MALFORMED = (
 
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _STORAGE = re.compile(r"torch\.(cuda\.)?[A-Z][A-Za-z0-9]*Storage")
+_MOST_PARTS = 1000  # of one tensor
+_LARGEST_INDEX = 64 << 20  # bytes
 _ENUM = re.compile(r"megatron\.([a-z_]+\.)*enums\.[A-Z]\w*")
 _TORCH_NAMES = {
     "_codecs.encode",  # how pickle protocol 2 writes bytes
@@ -54,6 +59,13 @@ _TORCH_NAMES = {
     "torch._utils._rebuild_tensor_v2",
     "torch.Size",
     "torch.device",
+    *_DTYPES,
+}
+_TENSOR_NAMES = {
+    "collections.OrderedDict",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_tensor_v3",
+    "torch.storage.UntypedStorage",
     *_DTYPES,
 }
 
@@ -113,9 +125,11 @@ def read_legacy(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, or mentions a name that such files don't need.
     """
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise CheckpointError("it is no ordinary file")
         with path.open("rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"
-            names = _zip_names(path) if zipped else _plain_names(file)
+            names = _zip_names(file) if zipped else _plain_names(file)
         allowed = [(_stand_in(name, path), name) for name in names if name not in _TORCH_NAMES]
         with _only_these_globals([pair for pair in allowed if pair[0] is not None]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -124,7 +138,7 @@ def read_legacy(path: Path) -> dict[str, Any]:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except _MALFORMED as error:
-        raise CheckpointError(f"{path} is damaged or not written by torch.save: {_brief(error)}") from error
+        raise CheckpointError(f"{path} is damaged or not written by torch.save: {brief(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not the dictionary of a checkpoint")
     return content
@@ -154,42 +168,44 @@ def _only_these_globals(allowed: list[Any]) -> Iterator[None]:
         torch.serialization.add_safe_globals(before)
 
 
-def _zip_names(path: Path) -> set[str]:
-    with zipfile.ZipFile(path) as archive:
+def check_tensor(file: Any) -> None:
+    """Refuse what is anything but one tensor as torch.save writes it, before torch reads it.
+
+    Raises:
+        CheckpointError: it is damaged, would take more memory than its size, or mentions a name that no tensor needs.
+    """
+    try:
+        foreign = sorted(name for name in _zip_names(file) - _TENSOR_NAMES if not _STORAGE.fullmatch(name))
+    except (OSError, *_MALFORMED) as error:
+        raise CheckpointError(f"damaged or not written by torch.save: {brief(error)}") from error
+    if foreign:
+        raise CheckpointError(f"refused: it asks for {foreign[0]}, which no tensor needs; nothing was run")
+
+
+def _zip_names(file: Any) -> set[str]:
+    size = file.seek(0, io.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
+        if sum(member.file_size for member in members) > size:
+            raise CheckpointError("refused: its entries overlap or are larger than the file")
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise CheckpointError("refused: it has compressed entries, which torch.save never writes")
         pickles = [member for member in members if member.filename.endswith("data.pkl")]
         if len(pickles) != 1:
             raise CheckpointError(f"refused: it has {len(pickles)} pickles where torch.save writes one")
-        return _names(io.BytesIO(archive.read(pickles[0])), pickles[0].file_size)
+        if pickles[0].file_size > _LARGEST_INDEX:
+            raise CheckpointError("refused: its pickle is larger than any list of tensors")
+        return names_in(io.BytesIO(archive.read(pickles[0])), pickles[0].file_size)
 
 
 def _plain_names(file: BinaryIO) -> set[str]:
     """Of torch's format before 1.6: magic number, protocol, system, content and storage keys are five pickles."""
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
-    return set().union(*(_names(file, size) for _ in range(5)))
+    return set().union(*(names_in(file, size) for _ in range(5)))
 
 
-def _names(file: BinaryIO, size: int) -> set[str]:
-    """Every global that one pickle mentions, without loading it."""
-    names, strings = set(), []
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name in ("GLOBAL", "INST"):
-            names.add(argument.replace(" ", "."))
-        elif opcode.name == "STACK_GLOBAL":
-            names.add(".".join(strings[-2:]))
-        elif opcode.name.startswith("EXT"):
-            raise CheckpointError("refused: it uses registered extension codes")
-        elif opcode.name.endswith("PUT") and int(argument) > size:
-            raise CheckpointError("refused: its memo is larger than the file")
-        elif isinstance(argument, str):
-            strings.append(argument)
-    return names
-
-
-def _brief(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
     """The first line of what went wrong; torch appends advice that would not be safe to follow."""
     text = str(error).strip()
     reason = text.rsplit("WeightsUnpickler error:", 1)[-1].strip().splitlines()
@@ -249,15 +265,15 @@ def read_dcp_metadata(path: Path) -> Metadata:
             or places a tensor in a file outside its directory.
     """
     try:
-        content = path.read_bytes()
-        _names(io.BytesIO(content), len(content))
+        content = read_small(path, _LARGEST_INDEX)
+        names_in(io.BytesIO(content), len(content))
         return _to_metadata(_MetadataUnpickler(io.BytesIO(content)).load())
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except _MALFORMED as error:
-        raise CheckpointError(f"{path} is damaged: {_brief(error)}") from error
+        raise CheckpointError(f"{path} is damaged: {brief(error)}") from error
 
 
 def _to_metadata(record: Any) -> Metadata:
@@ -279,11 +295,26 @@ def _to_tensor(name: str, record: Any) -> TensorStorageMetadata:
     dtype = _state(fields["properties"], "TensorProperties")[0]
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(f"{name} has no number type")
-    chunks = [_state(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]]
-    return TensorStorageMetadata(
-        properties=TensorProperties(dtype=dtype),
-        size=_size(fields["size"]),
-        chunks=[ChunkStorageMetadata(_size(chunk["offsets"]), _size(chunk["sizes"])) for chunk in chunks],
+    states = [_state(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]]
+    chunks = [ChunkStorageMetadata(_size(chunk["offsets"]), _size(chunk["sizes"])) for chunk in states]
+    size = _size(fields["size"])
+    if not _fill(chunks, size):  # else a part would stay what the memory held
+        raise CheckpointError(f"refused: the parts of {name} do not make up the whole")
+    return TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
+
+
+def _fill(chunks: Sequence[ChunkStorageMetadata], size: torch.Size) -> bool:
+    """Whether the parts lie in a tensor of this size, beside each other, and leave nothing out."""
+    if len(chunks) > _MOST_PARTS or sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
+        return False
+    spans = [tuple(zip(chunk.offsets, chunk.sizes, strict=True)) for chunk in chunks]
+    inside = all(
+        len(span) == len(size) and all(start + length <= most for (start, length), most in zip(span, size, strict=True))
+        for span in spans
+    )
+    return inside and all(
+        any(a + n <= b or b + m <= a for (a, n), (b, m) in zip(one, other, strict=True))
+        for one, other in itertools.combinations(spans, 2)
     )
 
 

@@ -25,11 +25,12 @@ def count(data: Mapping[str, Any], key: str, where: str) -> int:
 
 
 def number(data: Mapping[str, Any], key: str, where: str) -> int | float:
-    """A finite number, alone or in a tensor of one element. Errors as for `count`."""
+    """A finite number, alone or in a tensor of one element; integers below 2^63. Errors as for `count`."""
     value = _present(data, key, where)
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    limit = 2**63 if isinstance(value, int) else math.inf
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < limit:  # nan neither
         raise _wrong(value, key, "a number", where)
     return value
 

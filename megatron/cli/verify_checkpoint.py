@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron.checkpoint import manifest, native
 from megatron.checkpoint.find import NATIVE, Found, checkpoints_in
 from megatron.checkpoint.state import MODEL
+from megatron.checkpoint.typed import count
 from megatron.cli.guard import run_guarded
 from megatron.errors import CheckpointError
 
@@ -44,19 +45,25 @@ def _report(found: Found, tensors: bool) -> bool:
     try:
         sizes = manifest.verify(found.directory)
         facts, index = native.read_facts(found.directory), native.tensor_index(found.directory)
+        samples = count({"consumed_samples": 0} | facts, "consumed_samples", str(found.directory))
     except CheckpointError as error:
         sys.stdout.write(f"  DAMAGED: {error}\n")
         return False
     sys.stdout.write(
         f"  whole: {len(sizes)} files, {sum(sizes.values()) / 1e6:,.1f} MB, every byte as it was written\n"
-        f"  iteration {facts['iteration']:,}, {facts.get('consumed_samples', 0):,} samples, written with torch "
-        f"{facts.get('torch', '?')}\n"
+        f"  iteration {facts['iteration']:,}, {samples:,} samples, written with torch "
+        f"{_shown(facts.get('torch', '?'))}\n"
     )
     kinds = Counter("model" if name.startswith(MODEL) else name.split("/")[0] for name in index)
     parameters = sum(math.prod(shape) for name, (shape, _) in index.items() if name.startswith(MODEL))
-    parts = ", ".join(f"{count} {kind} tensors" for kind, count in kinds.items())
+    parts = ", ".join(f"{number} {_shown(kind)} tensors" for kind, number in kinds.items())
     sys.stdout.write(f"  {parts}; {parameters:,} parameters\n")
     if tensors:
         for name, (shape, dtype) in sorted(index.items()):
-            sys.stdout.write(f"    {name} {list(shape)} {str(dtype).removeprefix('torch.')}\n")
+            sys.stdout.write(f"    {_shown(name)} {list(shape)} {str(dtype).removeprefix('torch.')}\n")
     return True
+
+
+def _shown(text: object) -> str:
+    """Text out of a file as a terminal may get it: control characters would be obeyed, not shown."""
+    return text if isinstance(text, str) and text.isprintable() else ascii(text)

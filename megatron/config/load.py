@@ -3,7 +3,9 @@
 Reads no file but the one that `--config` names. What lies beside checkpoints is stored.py's, offered here too.
 """
 
+import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +34,9 @@ __all__ = [
     "save_config",
     "to_dict",
 ]
+
+
+_MOST_NODES = 100_000  # of a config file
 
 
 @dataclass(frozen=True)
@@ -101,16 +106,45 @@ def read_config_file(path: str) -> Answers:
 def _parse(path: str) -> dict[Any, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
-        data = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+        data = json.loads(text) if path.endswith(".json") else _from_yaml(text)
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}; give a readable file") from error
-    except (ValueError, yaml.YAMLError) as error:  # not UTF-8, not the format, or no such date or number
+    except (ValueError, LookupError, AttributeError, yaml.YAMLError) as error:  # not UTF-8, not the format, or no such
+        # date, number or truth: PyYAML looks those up
         raise ConfigError(f"--config {path} is not valid {_format(path)}: {error}") from error
     if data is None:
         return {}
     if not isinstance(data, dict):
         raise ConfigError(f"--config {path}: expected keys and values, found {type(data).__name__}")
     return data
+
+
+def _from_yaml(text: str) -> Any:
+    loader = _YAML(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+class _YAML(yaml.SafeLoader):
+    """With aliases (*name) as long as what they stand for stays small: a few of them can fill any memory."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _expanded(node, {}) > _MOST_NODES:
+            raise yaml.YAMLError("its aliases stand for far more than settings need")
+        return node
+
+
+def _expanded(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many nodes there are with every alias written out; infinity for one that stands in itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is counted
+        inner = itertools.chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+        parts = () if isinstance(node, yaml.ScalarNode) else inner
+        known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _format(path: str) -> str:

@@ -6,6 +6,7 @@ written last, so a set that has it was complete once; what is read is checked al
 
 import hashlib
 import os
+import tokenize
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,12 @@ from megatron.files import atomic_write
 from megatron.logs import get_logger
 
 logger = get_logger(__name__)
+
+# What numpy raises for a header that is none, and a check for an array of another shape.
+_MALFORMED = (
+    ArithmeticError, EOFError, LookupError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError,
+    tokenize.TokenError,
+)  # fmt: skip
 
 Arrays = dict[str, np.ndarray]
 
@@ -92,7 +99,7 @@ def load_or_build(recipe: IndexRecipe, directories: Sequence[str]) -> CachedArra
 
 
 def _map(paths: dict[str, str]) -> Arrays:
-    return {name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in paths.items()}
+    return {name: np.lib.format.open_memmap(path, mode="r") for name, path in paths.items()}  # no pickles, no zips
 
 
 def _load(recipe: IndexRecipe, directory: str) -> CachedArrays | None:
@@ -110,7 +117,7 @@ def _load(recipe: IndexRecipe, directory: str) -> CachedArrays | None:
                 raise ValueError("its description is another one")
         arrays = _map(paths)
         recipe.check(arrays)
-    except (OSError, ValueError, EOFError, OverflowError) as error:
+    except (OSError, *_MALFORMED) as error:
         logger.warning("index cache %s is damaged and will be built again: %s", description_path, error)
         return None
     return CachedArrays(arrays, paths)

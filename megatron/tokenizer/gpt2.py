@@ -19,7 +19,11 @@ class GPT2BPETokenizer(FastTokenizer):
         """ConfigError where a file is unreadable or the two don't belong together."""
         vocab = _read_vocab(vocab_file)
         merges = _read_merges(merge_file, vocab, vocab_file)
-        library = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+        try:
+            library = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+        except Exception as err:  # the library raises nothing more specific, as for half a surrogate pair
+            files = f"--vocab-file {vocab_file} and --merge-file {merge_file}"
+            raise ConfigError(f"{files} make no tokenizer: {err}") from err
         library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         library.decoder = decoders.ByteLevel()
         super().__init__(library, [vocab_file, merge_file], eos=vocab[END_OF_TEXT])
@@ -28,9 +32,9 @@ class GPT2BPETokenizer(FastTokenizer):
 def _read_vocab(path: Path) -> dict[str, int]:
     try:
         vocab = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise ConfigError(f"--vocab-file {path} cannot be read: {err}") from err
-    if not isinstance(vocab, dict) or not all(type(i) is int and i >= 0 for i in vocab.values()):
+    if not isinstance(vocab, dict) or not all(type(i) is int and 0 <= i < 2**31 for i in vocab.values()):
         raise ConfigError(f"--vocab-file {path} must be a JSON object of token to id, as GPT-2's vocab.json")
     if END_OF_TEXT not in vocab:
         raise ConfigError(f"--vocab-file {path} has no {END_OF_TEXT}, which separates documents")

@@ -4,7 +4,8 @@ A tokenizer.json needs the `tokenizers` library alone; other directories go thro
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ class HuggingFaceTokenizer(FastTokenizer):
     """A tokenizer.json. Its own template is applied: where it says that a text begins with BOS, it does."""
 
     def __init__(self, path: Path) -> None:
-        try:
+        with _errors_of(path, "is no tokenizer.json"):
             library = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as err:  # the library raises nothing more specific
-            raise ConfigError(f"--tokenizer-model {path} is no tokenizer.json: {err}") from err
+            library.no_truncation()
+            library.no_padding()
+            library.encode("A few words: it may stumble over them only now.")
         settings = [path.with_name(name) for name in SETTINGS_FILES if path.with_name(name).is_file()]
         super().__init__(
             library,
@@ -54,15 +56,12 @@ class AutoTokenizerAdapter(Tokenizer):
                 f"--tokenizer-model {directory} holds no tokenizer.json; reading the directory needs the "
                 "transformers library: pip install 'ee-llm[hf]'"
             ) from err
-        try:
+        with _errors_of(directory, "cannot be read"):
             self._library: Any = AutoTokenizer.from_pretrained(
                 str(directory), local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, ImportError, KeyError, TypeError) as err:
-            reason = str(err).strip().splitlines()[0]
-            raise ConfigError(f"--tokenizer-model {directory} cannot be read: {reason}") from err
+            self._vocab_size = max(self._library.get_vocab().values(), default=-1) + 1
         super().__init__(files)
-        self._vocab_size = max(self._library.get_vocab().values(), default=-1) + 1
 
     @property
     def vocab_size(self) -> int:
@@ -96,6 +95,19 @@ def load_huggingface(path: Path) -> Tokenizer:
     return AutoTokenizerAdapter(path)
 
 
+@contextmanager
+def _errors_of(path: Path, what: str) -> Iterator[None]:
+    """Whatever the libraries raise as a ConfigError: they name no class for it, and what fails in Rust is not even an
+    Exception."""
+    try:
+        yield
+    except BaseException as err:
+        if not isinstance(err, Exception) and type(err).__name__ != "PanicException":
+            raise
+        reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
+        raise ConfigError(f"--tokenizer-model {path} {what}: {reason}") from err
+
+
 def _named_token(
     library: tokenizers.Tokenizer, settings: Sequence[Path], role: str, usual: Sequence[str] = ()
 ) -> int | None:
@@ -103,13 +115,14 @@ def _named_token(
     for path in settings:
         try:
             values: Any = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as err:
+        except (OSError, ValueError, RecursionError) as err:
             raise ConfigError(f"{path} cannot be read: {err}") from err
         token = values.get(role) if isinstance(values, dict) else None
         token = token.get("content") if isinstance(token, dict) else token
         if token is None:
             continue
-        token_id = library.token_to_id(token) if isinstance(token, str) else None
+        known = isinstance(token, str) and not any("\ud800" <= character <= "\udfff" for character in token)
+        token_id = library.token_to_id(token) if known else None
         if token_id is None:
             raise ConfigError(f"{path} names {role} {token!r}, which the tokenizer beside it doesn't know")
         return token_id

@@ -125,6 +125,13 @@ learning_rate:
     assert (config.optimizer.optimizer, config.learning_rate.lr) == ("sgd", 1e-3)
 
 
+def test_aliases_of_a_config_file(tmp_path: Path) -> None:
+    """As people use them; what could fill the memory with a few lines is refused (checkpoint/hostile)."""
+    text = "optimizer: &common {weight_decay: 0.5}\nlr: &rate 1.0e-3\nmin_lr: *rate\nlogging: {<<: *common}\n"
+    config = load([*SIZES, "--config", write(tmp_path / "c.yaml", text)]).config
+    assert (config.learning_rate.min_lr, config.optimizer.weight_decay) == (1e-3, 0.5)
+
+
 def test_flags_overrule_the_file(tmp_path: Path) -> None:
     path = write(tmp_path / "c.json", {"lr": 1.0, "swiglu": True, "exit_norm": "own", "save_optim": False})
     flags = ["--lr", "2", "--no-swiglu", "--exit-norm", "none", "--save-optim"]
