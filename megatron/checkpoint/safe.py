@@ -84,6 +84,18 @@ class EnumMember:
         return f"{type(self).__name__}({self.value!r})"
 
 
+class NamedMember:
+    """Stands in for `getattr(an enumeration, name)`, as some releases of Python 3.11 write members."""
+
+    def __init__(self, enumeration: Any, name: Any):
+        if not (isinstance(enumeration, type) and issubclass(enumeration, EnumMember)):
+            raise CheckpointError("refused: it asks for builtins.getattr of what is no enumeration; nothing was run")
+        self.enumeration, self.name = enumeration.__name__, name
+
+    def __repr__(self) -> str:
+        return f"{self.enumeration}.{self.name}"
+
+
 class NumpyType:
     """Stands in for a numpy dtype; numbers only."""
 
@@ -107,6 +119,8 @@ class NumpyValue:
 
 _STAND_INS = {
     "argparse.Namespace": Namespace,
+    "builtins.getattr": NamedMember,
+    "__builtin__.getattr": NamedMember,  # its name in pickle protocol 2
     "numpy.dtype": NumpyType,
     "numpy.ndarray": NumpyValue,
     "numpy.core.multiarray._reconstruct": NumpyValue,
@@ -130,7 +144,7 @@ def read_legacy(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"
             names = _zip_names(file) if zipped else _plain_names(file)
-        allowed = [(_stand_in(name, path), name) for name in names if name not in _TORCH_NAMES]
+        allowed = [(_stand_in(name, path), _today(name)) for name in names if name not in _TORCH_NAMES]
         with _only_these_globals([pair for pair in allowed if pair[0] is not None]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except OSError as error:
@@ -142,6 +156,11 @@ def read_legacy(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not the dictionary of a checkpoint")
     return content
+
+
+def _today(name: str) -> str:
+    """A global's name as torch looks it up: protocol 2 writes that of Python 2."""
+    return name.replace("__builtin__.", "builtins.")
 
 
 def _stand_in(name: str, path: Path) -> type | None:
@@ -224,6 +243,7 @@ _DCP_RECORDS = {
     f"{_DCP}.metadata._MEM_FORMAT_ENCODING",
     f"{_DCP}.filesystem._StorageInfo",
     "torch.serialization._get_layout",
+    "builtins.getattr",  # how some releases of Python 3.11 write a memory format; never called here
 }
 _SHARD = re.compile(r"__\d+_\d+\.distcp")
 

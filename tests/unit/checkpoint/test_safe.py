@@ -4,6 +4,8 @@ import argparse
 import os
 import pickle
 import pickletools
+import sys
+import types
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -132,6 +134,35 @@ def test_what_megatron_writes_is_read(tmp_path, zipped):
     assert len(found["rng_state"][0]["np"]) == 5
 
 
+class PerName:
+    """Pickles as `getattr(owner, name)`, as some releases of Python 3.11 write members of enumerations."""
+
+    def __init__(self, owner, name):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_members_written_by_name_are_read(tmp_path, zipped):
+    kind = type("ModelType", (), {"__module__": "megatron.core.enums"})
+    module = sys.modules["megatron.core.enums"] = types.ModuleType("megatron.core.enums")
+    module.ModelType = kind
+    try:
+        state = {"args": argparse.Namespace(model_type=PerName(kind, "encoder_or_decoder"))}
+        torch.save(state, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    finally:
+        del sys.modules["megatron.core.enums"]
+    assert repr(read_legacy(tmp_path / "a.pt")["args"].model_type) == "ModelType.encoder_or_decoder"
+
+
+def test_getattr_of_anything_else_is_refused(tmp_path):
+    torch.save({"args": PerName(argparse.Namespace, "__init__")}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="getattr of what is no enumeration"):
+        read_legacy(tmp_path / "a.pt")
+
+
 def test_globals_that_others_registered_make_no_difference(tmp_path):
     torch.save({"a": Reduce(os.getpid, ())}, tmp_path / "f.pt")
     outside = set(torch.serialization.get_safe_globals())
@@ -177,6 +208,19 @@ def test_our_own_index_is_read(index):
     theirs = pickle.loads(index.read_bytes())
     assert metadata.storage_data == theirs.storage_data
     assert metadata.state_dict_metadata == theirs.state_dict_metadata
+
+
+def test_an_index_whose_memory_formats_are_written_by_name_is_read(index):
+    """Python 3.11.2 writes it so; whatever is asked for there is kept, and never looked up."""
+    ours = read_dcp_metadata(index)
+    metadata = pickle.loads(index.read_bytes())
+    encoding = type(metadata.state_dict_metadata["model/a"].properties.__getstate__()[3])
+    for entry in metadata.state_dict_metadata.values():
+        properties = entry.properties
+        entry.properties = Reduce(type(properties), (), (*properties.__getstate__()[:3], PerName(encoding, "x"), False))
+    index.write_bytes(pickle.dumps(metadata))
+    assert b"getattr" in index.read_bytes()
+    assert read_dcp_metadata(index) == ours
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
