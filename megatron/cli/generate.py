@@ -119,7 +119,7 @@ def _policy(args: argparse.Namespace) -> ConfidencePolicy | None:
 
 
 def _check_exits(engine: Engine, args: argparse.Namespace) -> None:
-    there = [int(spec.label) for spec in engine.model.stage.exits]
+    there = [int(spec.label) for spec in engine.model.exit_specs()]
     if (args.use_early_exit or args.compare) and not there:
         raise ConfigError(f"{args.load} holds a model without exits: train one with --exit-layer-nums")
     for number in args.exit_layers or ():

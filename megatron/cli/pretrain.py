@@ -31,7 +31,7 @@ def _pretrain(argv: list[str]) -> None:
     config, found = resolve_config(argv)
     trainer = build_trainer(config)
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    log.info("model: %s parameters on %s (tp=1 pp=1 dp=1)", f"{parameters:,}", trainer.mesh.backend.name())
+    log.info("model: %s parameters on %s (%s)", f"{parameters:,}", trainer.mesh.backend.name(), trainer.mesh.describe())
     checkpoints.start(trainer, found)
     with StopSignal(), reported(trainer) as status:  # a signal that comes as the run ends changes nothing any more
         status.reason = train(trainer, status.started)

@@ -61,7 +61,6 @@ ACCEPTED: tuple[Accepted, ...] = (
     Accepted("--no-initialization", "weights are drawn cheaply, then overwritten by --load"),
     Accepted("--no-save-rng", _STREAMS),
     Accepted("--no-load-rng", _STREAMS),
-    Accepted("--distributed-timeout-minutes", "one process waits for no other", 1),
     Accepted("--exit-signal-handler", "SIGTERM and SIGINT always end in a checkpoint"),
     Accepted("--empty-unused-memory-level", "memory is left to torch's allocator", 1, ("0", "1", "2")),
     Accepted("--mmap-warmup", "the operating system caches data files"),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from megatron.config.fields import all_flags, value_of
 from megatron.config.problems import raise_if_any
 from megatron.config.rules_model import MODEL_RULES
+from megatron.config.rules_parallel import PARALLEL_RULES
 from megatron.config.rules_run import RUN_RULES
 from megatron.config.run import RunConfig
 
@@ -30,7 +31,7 @@ AT_LEAST_ONE = (
 )
 ABOVE_ZERO = (
     *("rotary_base", "rotary_seq_len_interpolation_factor", "rope_scaling_factor", "rope_low_freq_factor"),
-    *("rope_high_freq_factor", "norm_epsilon", "exit_duration_in_mins", "spike_factor"),
+    *("rope_high_freq_factor", "norm_epsilon", "exit_duration_in_mins", "spike_factor", "distributed_timeout_minutes"),
     *("adam_eps", "loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window"),
 )
 NOT_NEGATIVE = (
@@ -62,7 +63,7 @@ def _out_of_range(config: RunConfig, shape: bool, run: bool) -> Iterator[str]:
 
 def broken(config: RunConfig, shape: bool = True, run: bool = True) -> list[str]:
     """One line for every broken rule: those of model and exits (`shape`) and all others (`run`)."""
-    rules = (*(MODEL_RULES if shape else ()), *(RUN_RULES if run else ()))
+    rules = (*(MODEL_RULES if shape else ()), *((*PARALLEL_RULES, *RUN_RULES) if run else ()))
     return [*_out_of_range(config, shape, run), *(fault for rule in rules for fault in rule(config))]
 
 

@@ -12,15 +12,6 @@ from megatron.errors import ConfigError
 Faults = Iterator[str]
 
 
-def one_process(config: RunConfig) -> Faults:
-    for word in ("tensor", "pipeline"):
-        size = getattr(config.parallel, f"{word}_model_parallel_size")
-        if size > 1:
-            yield (
-                f"{word}-parallel size {size} (--{word}-model-parallel-size): this version trains on one process; use 1"
-            )
-
-
 def data_paths_exclude(config: RunConfig) -> Faults:
     names = ("train_data_path", "valid_data_path", "test_data_path")
     own = [f"--{name.replace('_', '-')}" for name in names if getattr(config.data, name)]
@@ -254,7 +245,6 @@ def save_format(config: RunConfig) -> Faults:
 
 
 RUN_RULES = (
-    one_process,
     data_paths_exclude,
     blends_are_pairs,
     split_is_sane,

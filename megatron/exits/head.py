@@ -13,6 +13,7 @@ from megatron.nn.layer import LayerContext, TransformerLayer
 from megatron.nn.linear import OutputLayer
 from megatron.nn.mlp import MLP
 from megatron.nn.norm import Norm, build_norm
+from megatron.parallel.tensor import ALONE, TensorParallel
 
 
 class ExitHead(nn.Module):
@@ -22,18 +23,24 @@ class ExitHead(nn.Module):
     """
 
     def __init__(
-        self, spec: ExitSpec, model: ModelConfig, exits: ExitConfig, padded_vocab_size: int, recompute: bool
+        self,
+        spec: ExitSpec,
+        model: ModelConfig,
+        exits: ExitConfig,
+        padded_vocab_size: int,
+        recompute: bool,
+        tp: TensorParallel = ALONE,
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.dropout = model.hidden_dropout
+        self.tp, self.dropout = tp, model.hidden_dropout
         self.shares_final_norm = exits.exit_norm == "final"
-        self.branch = MLP(model) if exits.use_exit_mlp else None
+        self.branch = MLP(model, tp) if exits.use_exit_mlp else None
         place = f"exit {spec.label}"
-        self.block = TransformerLayer(model, place, recompute) if exits.use_exit_block else None
-        self.norm = build_norm(model) if exits.exit_norm == "own" else None
+        self.block = TransformerLayer(model, place, recompute, tp) if exits.use_exit_block else None
+        self.norm = build_norm(model, partial=tp.sequence) if exits.exit_norm == "own" else None
         untied = exits.untie_exit_output_weights
-        self.output = OutputLayer(padded_vocab_size, model.hidden_size) if untied else None
+        self.output = OutputLayer(padded_vocab_size, model.hidden_size, tp) if untied else None
 
     def forward(
         self,
@@ -54,5 +61,5 @@ class ExitHead(nn.Module):
 
     def _branch(self, residual: Tensor, normed: Tensor, context: LayerContext) -> Tensor:
         if context.stream is not None and self.dropout > 0:
-            context.stream.enter(f"exit {self.spec.label} branch")
+            context.stream.enter(f"exit {self.spec.label} branch", sharded=self.tp.sequence)
         return residual + F.dropout(self.branch(normed), self.dropout, self.training)

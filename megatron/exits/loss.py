@@ -13,32 +13,39 @@ from torch import Tensor
 class Objective:
     """How the losses of one optimizer step are weighed.
 
-    weights, temperatures: by head label. dynamic: labels of heads with dynamic weighting. total_tokens: unmasked
-    tokens of the global batch where every token counts alike; None for the mean of per-microbatch masked means.
+    weights, temperatures: by head label. dynamic: labels of heads with dynamic weighting. scale: what all gradients
+    are multiplied by: the loss scale of fp16, and one over the data-parallel ranks. mean_tokens: unmasked tokens of a
+    microbatch, averaged over the global batch, where every token counts alike; None where every microbatch does.
     """
 
     weights: dict[str, float]
     temperatures: dict[str, float]
     dynamic: frozenset[str]
-    num_microbatches: int
-    loss_scale: float = 1.0
-    total_tokens: Tensor | None = None
+    scale: float = 1.0
+    mean_tokens: Tensor | None = None
 
     def token_weights(self, loss_mask: Tensor) -> Tensor:
-        """What each token's loss counts towards the step's mean; same shape as the mask.
+        """What each token's loss counts in its microbatch's loss; same shape as the mask.
 
         A microbatch whose tokens are all masked counts as zero loss.
         """
-        if self.total_tokens is not None:
-            return loss_mask / self.total_tokens.clamp(min=1)
-        return loss_mask / (loss_mask.sum().clamp(min=1) * self.num_microbatches)
+        tokens = loss_mask.sum().clamp(min=1) if self.mean_tokens is None else self.mean_tokens
+        return loss_mask / tokens
+
+
+@dataclass(frozen=True)
+class Share:
+    """How the losses of one microbatch on one stage weigh in the step, beside the exits' own weights."""
+
+    exits: float
+    final: float
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """One microbatch's share of the step's loss, by head label, before exit weights: scalars on the device.
+    """One microbatch's losses by head label, before exit weights: scalars on the device.
 
-    Summed over microbatches they are the step's losses. confidence: mean top probability, dynamic heads only.
+    confidence: mean top probability, dynamic heads only.
     """
 
     loss: dict[str, Tensor] = field(default_factory=dict)

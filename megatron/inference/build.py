@@ -68,7 +68,7 @@ def _config(found: Found, dtype: DType | None, tokenizer: TokenizerConfig | None
 
 
 def _load_weights(found: Found, model: GPT, tokenizer: Tokenizer) -> None:
-    targets = {MODEL + name: view for name, view in model_state(model, tokenizer.vocab_size).items()}
+    targets = {MODEL + name: part.view for name, part in model_state(model, tokenizer.vocab_size).items()}
     if found.format != NATIVE:
         state = megatron_legacy.read(found.directory, tokenizer.vocab_size, with_optimizer=False)
         copy_into(state.tensors, targets, str(found.directory), convert=True)

@@ -35,7 +35,7 @@ class Engine:
 
     def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
         """Raises ConfigError where the tokenizer has ids that the model has no rows for."""
-        assert model.stage.is_first and model.stage.is_last and not model.training
+        assert len(model.stages) == 1 and model.stages[0].is_last and not model.training
         if tokenizer.vocab_size > model.padded_vocab_size:
             raise ConfigError(
                 f"the tokenizer has {tokenizer.vocab_size} ids, the model rows for {model.padded_vocab_size}: "
@@ -56,7 +56,7 @@ class Engine:
         """
         ids = list(prompt_ids)
         self._check(ids, params)
-        active = [spec for spec in self.model.stage.exits if policy is not None and policy.evaluates(spec)]
+        active = [spec for spec in self.model.exit_specs() if policy is not None and policy.evaluates(spec)]
         segments = cut(self.model.config.num_layers, active)
         sequence = SequenceState(self.model, segments, self._places, len(ids) + params.max_new_tokens)
         return self._run(sequence, ids, params, policy)

@@ -6,18 +6,21 @@ from megatron.config.run import RunConfig
 from megatron.errors import ConfigError
 from megatron.exits.spec import exit_specs
 from megatron.model.gpt import GPT
-from megatron.model.partition import partition
+from megatron.model.partition import partition, stages_of_rank
 from megatron.parallel.mesh import Mesh
+from megatron.parallel.tensor import TensorParallel
 from megatron.tokenizer.base import padded_vocab_size
 
 
-def build_model(config: RunConfig, mesh: Mesh, vocab_size: int) -> GPT:
-    """This rank's stage of the model, on its device and in its dtype, uninitialised."""
+def build_model(config: RunConfig, mesh: Mesh, vocab_size: int, dtype: torch.dtype | None = None) -> GPT:
+    """This rank's stages of the model, on its device and in its dtype, uninitialised."""
     stages = partition(config.model.num_layers, exit_specs(config.exits), mesh.size("pp"))
+    mine = stages_of_rank(stages, mesh.rank("pp"), mesh.size("pp"))
     rows = padded_rows(config, vocab_size)
+    tp = TensorParallel.of(mesh, config.parallel.sequence_parallel)
     with torch.device("meta"):
-        model = GPT(config.model, config.exits, stages[mesh.rank("pp")], rows, config.training)
-    model = model.to(getattr(torch, config.precision.params_dtype))
+        model = GPT(config.model, config.exits, mine, rows, config.training, tp)
+    model = model.to(dtype or getattr(torch, config.precision.params_dtype))
     return model.to_empty(device=mesh.backend.device)
 
 

@@ -1,6 +1,6 @@
-"""A GPT or Llama backbone with early exits: the layers of one pipeline stage, its exit heads, its embedding and head.
+"""A GPT or Llama backbone with early exits: the layers of one rank's pipeline stages, exit heads, embedding and head.
 
-The backbone knows exits only as taps: it hands out what was asked for at the layers named in the stage's exits.
+The backbone knows exits only as taps: it hands out what was asked for at the layers named in a stage's exits.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron.config.model import ExitConfig, ModelConfig
 from megatron.config.training import TrainingConfig
 from megatron.exits.head import ExitHead
-from megatron.exits.spec import FINAL
+from megatron.exits.spec import FINAL, ExitSpec
 from megatron.model.partition import StageSpec
 from megatron.nn.attention import attention_mask
 from megatron.nn.embedding import Embedding
@@ -19,45 +19,66 @@ from megatron.nn.linear import OutputLayer
 from megatron.nn.norm import build_norm
 from megatron.nn.rotary import rotary_tables
 from megatron.parallel.rng import DropoutStream
+from megatron.parallel.tensor import ALONE, TensorParallel
 
 Taps = dict[str, tuple[Tensor, ...]]  # exit label -> what its head starts from
 
 
 class GPT(nn.Module):
-    """The modules of one stage. Parameters are uninitialised: see `model.init` and `checkpoint`."""
+    """The modules of a rank's stages. Parameters are uninitialised: see `model.init` and `checkpoint`.
+
+    Where a tied head or a shared final norm is used on a rank that doesn't own it, the rank has a copy (`word_copy`,
+    `final_norm`); `partition.replicas` says whose gradients are to be summed.
+    """
 
     def __init__(
         self,
         model: ModelConfig,
         exits: ExitConfig,
-        stage: StageSpec,
+        stages: tuple[StageSpec, ...],
         padded_vocab_size: int,
         training: TrainingConfig | None = None,
+        tp: TensorParallel = ALONE,
     ) -> None:
         super().__init__()
-        self.config, self.stage, self.padded_vocab_size = model, stage, padded_vocab_size
+        self.config, self.stages, self.padded_vocab_size, self.tp = model, stages, padded_vocab_size, tp
         training = training or TrainingConfig()
         selective = training.recompute_granularity == "selective"
-        self.segments = _segments(stage, training)
-        self.embedding = Embedding(model, padded_vocab_size) if stage.is_first else None
+        self.segments = {stage.index: _segments(stage, training) for stage in stages}
+        first, last = (any(flags) for flags in zip(*((stage.is_first, stage.is_last) for stage in stages), strict=True))
+        specs = self.exit_specs()
+        self.embedding = Embedding(model, padded_vocab_size, tp) if first else None
         self.layers = nn.ModuleDict(
-            {str(i): TransformerLayer(model, i, selective) for i in range(stage.first, stage.last)}
+            {
+                str(i): TransformerLayer(model, i, selective, tp)
+                for stage in stages
+                for i in range(stage.first, stage.last)
+            }
         )
         self.exits = nn.ModuleDict(
-            {spec.label: ExitHead(spec, model, exits, padded_vocab_size, selective) for spec in stage.exits}
+            {spec.label: ExitHead(spec, model, exits, padded_vocab_size, selective, tp) for spec in specs}
         )
-        self.final_norm = build_norm(model) if stage.is_last else None
-        untied = model.untie_embeddings_and_output_weights and stage.is_last
-        self.output = OutputLayer(padded_vocab_size, model.hidden_size) if untied else None
+        shared_norm = last or (bool(specs) and exits.exit_norm == "final")
+        self.final_norm = build_norm(model, partial=tp.sequence) if shared_norm else None
+        untied = model.untie_embeddings_and_output_weights
+        self.output = OutputLayer(padded_vocab_size, model.hidden_size, tp) if untied and last else None
+        tied = (last and not untied) or (bool(specs) and not exits.untie_exit_output_weights)
+        self.word_copy = OutputLayer(padded_vocab_size, model.hidden_size, tp) if tied and not first else None
 
     def head_labels(self) -> tuple[str, ...]:
-        """Labels of this stage's heads, shallow first, the final head last."""
-        return (*self.exits, FINAL) if self.stage.is_last else tuple(self.exits)
+        """Labels of the heads on this rank, shallow first, the final head last."""
+        return tuple(label for stage in self.stages for label in stage.heads)
+
+    def exit_specs(self) -> tuple[ExitSpec, ...]:
+        """The early exits on this rank, shallow first."""
+        return tuple(spec for stage in self.stages for spec in stage.exits)
 
     def output_weight(self, label: str) -> nn.Parameter:
-        """The output matrix `[padded vocab, h]` that head `label` multiplies: its own or a tied one."""
+        """The output matrix `[padded vocab / tp, h]` that head `label` multiplies: its own or a tied one."""
         own = self.output if label == FINAL else self.exits[label].output
-        return self.embedding.word.weight if own is None else own.weight
+        if own is not None:
+            return own.weight
+        return self.embedding.word.weight if self.embedding is not None else self.word_copy.weight
 
     def features(self, label: str, tap: tuple[Tensor, ...], context: LayerContext, cache=None) -> Tensor:
         """What head `label` multiplies with its output matrix, [s, b, h]."""
@@ -82,30 +103,32 @@ class GPT(nn.Module):
         mask = attention_mask(length, length, self.config.window_size, document_ids, like.device)
         return LayerContext(rope, mask, stream)
 
-    def forward(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Taps]:
-        """Run the stage's layers over hidden [s, b, h]; returns the last hidden state and the taps of its exits."""
+    def forward(self, hidden: Tensor, context: LayerContext, stage: StageSpec) -> tuple[Tensor, Taps]:
+        """Run a stage's layers over hidden [s, b, h]; returns the last hidden state and the taps of its exits."""
         taps: Taps = {}
-        for first, last, recompute in self.segments:
+        for first, last, recompute in self.segments[stage.index]:
             if recompute and torch.is_grad_enabled():
                 # Dropout reseeds itself by layer, so a recomputed segment draws the same masks.
                 hidden, found = checkpoint(
-                    self._segment, first, last, hidden, context, use_reentrant=False, preserve_rng_state=False
+                    self._segment, stage, first, last, hidden, context, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                hidden, found = self._segment(first, last, hidden, context)
+                hidden, found = self._segment(stage, first, last, hidden, context)
             taps |= found
-        if self.stage.is_last:
+        if stage.is_last:
             taps[FINAL] = (hidden,)
         return hidden, taps
 
-    def _segment(self, first: int, last: int, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Taps]:
+    def _segment(
+        self, stage: StageSpec, first: int, last: int, hidden: Tensor, context: LayerContext
+    ) -> tuple[Tensor, Taps]:
         """Layers [first, last): hidden state after them and the taps within."""
         taps: Taps = {}
         for index in range(first, last):
             entering = hidden
             out = self.layers[str(index)](hidden, context)
             hidden = out.hidden
-            for spec in self.stage.exits:
+            for spec in stage.exits:
                 if spec.layer == index:
                     sources = {
                         "input": (entering,),

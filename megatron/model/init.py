@@ -20,7 +20,8 @@ _RESIDUAL_WRITERS = (".proj.weight", ".down.weight")
 def initialise(model: GPT, seed: int, vocab_size: int) -> None:
     """Fill every parameter of `model` in place."""
     config = model.config
-    for name, view in model_state(model, vocab_size).items():
+    for name, part in model_state(model, vocab_size).items():
+        view = part.view
         if name.endswith(".bias"):
             view.zero_()
         elif view.dim() == 1:
@@ -29,12 +30,13 @@ def initialise(model: GPT, seed: int, vocab_size: int) -> None:
             std = config.init_method_std
             if name.endswith(_RESIDUAL_WRITERS):
                 std /= math.sqrt(2 * config.num_layers)
-            view.copy_(_draw(view, std, config.init_method_xavier_uniform, generator(seed, "init", name)))
+            whole = _draw(part.shape, std, config.init_method_xavier_uniform, generator(seed, "init", name))
+            view.copy_(part.of(whole))
 
 
-def _draw(like: Tensor, std: float, xavier: bool, stream: torch.Generator) -> Tensor:
-    """A matrix of the shape of `like`, drawn in fp32 on the CPU."""
-    values = torch.empty(like.shape)
+def _draw(shape: tuple[int, ...], std: float, xavier: bool, stream: torch.Generator) -> Tensor:
+    """A whole matrix, drawn in fp32 on the CPU."""
+    values = torch.empty(shape)
     if xavier:
         return torch.nn.init.xavier_uniform_(values, generator=stream)
     return values.normal_(0.0, std, generator=stream)

@@ -1,9 +1,14 @@
-"""Which pipeline stage owns which layers and exits. The single source of ownership; no torch."""
+"""Which pipeline stage owns which layers and exits, and which rank which stages. The single source of ownership; no
+torch.
+"""
 
 from dataclasses import dataclass
 
+from megatron.config.model import ExitConfig, ModelConfig
 from megatron.errors import ConfigError
-from megatron.exits.spec import ExitSpec
+from megatron.exits.spec import FINAL, ExitSpec, exit_specs
+
+WORD, FINAL_NORM = "embedding.word", "final_norm"  # the modules of which several ranks may need a copy
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,11 @@ class StageSpec:
     exits: tuple[ExitSpec, ...]
     is_first: bool
     is_last: bool
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Labels of the heads here, shallow first, the final head last."""
+        return (*(spec.label for spec in self.exits), *((FINAL,) if self.is_last else ()))
 
 
 def partition(num_layers: int, exits: tuple[ExitSpec, ...], num_stages: int) -> tuple[StageSpec, ...]:
@@ -39,4 +49,34 @@ def partition(num_layers: int, exits: tuple[ExitSpec, ...], num_stages: int) -> 
             index == num_stages - 1,
         )
         for index in range(num_stages)
+    )
+
+
+def stages_of_rank(stages: tuple[StageSpec, ...], rank: int, num_ranks: int) -> tuple[StageSpec, ...]:
+    """The stages of a pipeline rank: every num_ranks-th, as interleaved schedules place them."""
+    return stages[rank::num_ranks]
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Pipeline ranks that hold a copy of a module, the owner first; its gradients are summed over them."""
+
+    word: tuple[int, ...]
+    final_norm: tuple[int, ...]
+
+
+def replicas(model: ModelConfig, exits: ExitConfig, num_stages: int, num_ranks: int) -> Replicas:
+    """Who needs the word embedding (for input, tied heads) and the final norm (for the last head, exits that share it).
+
+    The owner of the word embedding is the first rank, that of the final norm the last stage's.
+    """
+    stages = partition(model.num_layers, exit_specs(exits), num_stages)
+    last = (num_stages - 1) % num_ranks
+    with_exits = {stage.index % num_ranks for stage in stages if stage.exits}
+    tied_head = set() if model.untie_embeddings_and_output_weights else {last}
+    tied_exits = set() if exits.untie_exit_output_weights else with_exits
+    sharing = with_exits if exits.exit_norm == "final" else set()
+    return Replicas(
+        word=(0, *sorted((tied_head | tied_exits) - {0})),
+        final_norm=(last, *sorted(sharing - {last})),
     )

@@ -1,8 +1,8 @@
 """One pipeline stage as the schedule sees it: F (forward), E (heads: loss and their backward), B (backward).
 
 E runs a microbatch's exit heads forward and backward against detached taps, just before its B, so the logits and
-graphs of the heads of waiting microbatches never exist together. B is one backward pass from the taps (and, later,
-from the gradient of the next stage).
+graphs of the heads of waiting microbatches never exist together. B is one backward pass from the taps and the gradient
+that the next stage sends. What crosses a border is the hidden state, and its gradient on the way back.
 """
 
 from dataclasses import dataclass
@@ -11,12 +11,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron.exits.loss import LossTerms, Objective
+from megatron.exits.loss import LossTerms, Objective, Share
 from megatron.exits.spec import FINAL
 from megatron.model.gpt import GPT, Taps
-from megatron.nn.cross_entropy import HeadLoss, linear_cross_entropy
+from megatron.model.partition import StageSpec
+from megatron.nn.cross_entropy import HeadLoss, VocabShard, linear_cross_entropy
 from megatron.nn.layer import LayerContext
 from megatron.parallel.rng import DropoutStream
+from megatron.parallel.tensor import TensorParallel
 
 
 class TokenBatch(Protocol):
@@ -31,11 +33,12 @@ class TokenBatch(Protocol):
 
 @dataclass
 class Activations:
-    """What F leaves for E and B of the same microbatch."""
+    """What F leaves for E and B of the same microbatch. received: the hidden state of the stage before, if any."""
 
     hidden: Tensor
     taps: Taps
     context: LayerContext
+    received: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -47,78 +50,118 @@ class HeadScore:
     agree: Tensor
 
 
-class Stage:
-    """A `GPT` span with the training and evaluation passes over it."""
+Gradients = list[tuple[Tensor, Tensor]]  # (tap or hidden state, gradient)
 
-    def __init__(self, model: GPT, vocab_size: int | None = None) -> None:
-        """`vocab_size`: true ids, where the model's matrices are padded beyond them."""
+
+class Stage:
+    """A span of a `GPT` with the training and evaluation passes over it."""
+
+    def __init__(self, model: GPT, vocab_size: int | None = None, spec: StageSpec | None = None) -> None:
+        """`vocab_size`: true ids, where the model's matrices are padded beyond them. `spec`: of a model's several
+        stages, the one meant."""
         self.model = model
+        self.spec = spec or model.stages[0]
         self.vocab_size = vocab_size or model.padded_vocab_size
 
-    def forward(self, batch: TokenBatch, stream: DropoutStream | None) -> Activations:
-        """F: embed and run the layers; keeps the taps of the heads."""
+    def forward(self, batch: TokenBatch, stream: DropoutStream | None, received: Tensor | None = None) -> Activations:
+        """F: embed, or take the hidden state [s, b, h] of the stage before, and run the layers; keeps the taps."""
         model = self.model
-        hidden = model.embedding(batch.tokens, batch.position_ids, stream)
-        context = model.context(batch.tokens.shape[1], hidden, batch.document_ids, stream)
-        hidden, taps = model(hidden, context)
-        return Activations(hidden, taps, context)
+        if received is None:
+            entering = model.embedding(batch.tokens, batch.position_ids, stream)
+        else:
+            entering = received.requires_grad_(torch.is_grad_enabled())
+        context = model.context(batch.tokens.shape[1], entering, batch.document_ids, stream)
+        hidden, taps = model(entering, context, self.spec)
+        return Activations(hidden, taps, context, received)
+
+    def empty_message(self, batch: TokenBatch) -> Tensor:
+        """Room for a hidden state, or its gradient, as it crosses a border: [s, b, h], under sequence parallelism this
+        rank's positions."""
+        b, s = batch.tokens.shape
+        like = next(self.model.parameters())
+        length = self.model.tp.share(s) if self.model.tp.sequence else s
+        return like.new_empty(length, b, self.model.config.hidden_size)
 
     def backward_heads(
-        self, activations: Activations, batch: TokenBatch, objective: Objective
-    ) -> tuple[LossTerms, list[tuple[Tensor, Tensor]]]:
+        self, activations: Activations, batch: TokenBatch, objective: Objective, share: Share
+    ) -> tuple[LossTerms, Gradients]:
         """E: every head's loss, its gradients in the head's parameters, and (tap, gradient) pairs for B."""
-        terms, gradients = LossTerms(), []
+        terms, gradients, tp = LossTerms(), [], self.model.tp
         labels = batch.labels.t().flatten()
         precise = torch.promote_types(torch.float32, activations.hidden.dtype)
         token_weights = objective.token_weights(batch.loss_mask.to(precise)).t().flatten()
-        for label in self.model.head_labels():
+        for label in self.spec.heads:
             taps = activations.taps[label]
             leaves = tuple(tap.detach().requires_grad_(tap.requires_grad) for tap in taps)
             with torch.enable_grad():
                 features = self.model.features(label, leaves, activations.context)
             weight = self.model.output_weight(label)
             head = linear_cross_entropy(
-                features.detach().flatten(0, 1),
+                tp.gather(features.detach()).flatten(0, 1),
                 weight.detach(),
                 labels,
                 token_weights,
+                shard=vocab_shard(weight, tp),
                 temperature=objective.temperatures.get(label, 1.0),
                 dynamic=label in objective.dynamic,
                 grad_weight=weight.main_grad if weight.requires_grad else None,
-                grad_scale=objective.weights[label] * objective.loss_scale,
+                grad_scale=objective.weights[label]
+                * objective.scale
+                * (share.final if label == FINAL else share.exits),
             )
             if features.requires_grad:
-                features.backward(head.grad_hidden.view_as(features))
+                features.backward(tp.reduce(head.grad_hidden.unflatten(0, (-1, features.shape[1]))))
             terms.loss[label] = head.loss
             if head.confidence is not None:
                 terms.confidence[label] = head.confidence
             gradients += [(tap, leaf.grad) for tap, leaf in zip(taps, leaves, strict=True) if tap.requires_grad]
         return terms, gradients
 
-    def backward(self, gradients: list[tuple[Tensor, Tensor]]) -> None:
-        """B: one backward pass through the stage's layers and embedding."""
+    def backward(self, activations: Activations, gradients: Gradients, received: Tensor | None = None) -> Tensor | None:
+        """B: one backward pass through the stage's layers and embedding, from the heads' gradients and the one that
+        the next stage sent. Returns the gradient for the stage before; None on the first."""
+        if received is not None:
+            gradients = [*gradients, (activations.hidden, received)]
         if gradients:
-            taps, grads = zip(*gradients, strict=True)
-            torch.autograd.backward(taps, grads)
+            tensors, grads = zip(*gradients, strict=True)
+            torch.autograd.backward(tensors, grads)
+        return None if activations.received is None else activations.received.grad
 
     @torch.no_grad()
     def evaluate(self, batch: TokenBatch) -> dict[str, HeadScore]:
         """Plain cross-entropy, next-token hits and agreement with the final head, per head, without dropout."""
-        activations = self.forward(batch, None)
+        heads = self.score(self.forward(batch, None), batch)
+        return head_scores(heads, heads[FINAL].argmax, batch)
+
+    @torch.no_grad()
+    def score(self, activations: Activations, batch: TokenBatch) -> dict[str, HeadLoss]:
+        """Plain cross-entropy and top id of every position, [s * b], for the heads of this stage."""
         labels, mask = batch.labels.t().flatten(), batch.loss_mask.t().flatten()
         heads: dict[str, HeadLoss] = {}
-        for label in self.model.head_labels():
+        for label in self.spec.heads:
             features = self.model.features(label, activations.taps[label], activations.context)
+            weight = self.model.output_weight(label)
             heads[label] = linear_cross_entropy(
-                features.flatten(0, 1),
-                self.model.output_weight(label),
+                self.model.tp.gather(features).flatten(0, 1),
+                weight,
                 labels,
                 mask,
                 need_grad=False,
                 argmax_over=self.vocab_size,
+                shard=vocab_shard(weight, self.model.tp),
             )
-        final = heads[FINAL].argmax
-        return {
-            label: HeadScore(head.loss, ((head.argmax == labels) * mask).sum(), ((head.argmax == final) * mask).sum())
-            for label, head in heads.items()
-        }
+        return heads
+
+
+def head_scores(heads: dict[str, HeadLoss], final: Tensor, batch: TokenBatch) -> dict[str, HeadScore]:
+    """What `Stage.score` found, held against labels and the final head's top ids [s * b]."""
+    labels, mask = batch.labels.t().flatten(), batch.loss_mask.t().flatten()
+    return {
+        label: HeadScore(head.loss, ((head.argmax == labels) * mask).sum(), ((head.argmax == final) * mask).sum())
+        for label, head in heads.items()
+    }
+
+
+def vocab_shard(weight: Tensor, tp: TensorParallel) -> VocabShard | None:
+    """Which rows of the vocabulary a tp rank's output matrix has; None where it has all."""
+    return None if tp.size == 1 else VocabShard(tp.rank * weight.shape[0], tp.group)

@@ -10,9 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron.config.model import ModelConfig
 from megatron.nn.kv import LayerKV
-from megatron.nn.linear import Linear
+from megatron.nn.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.nn.norm import build_norm
 from megatron.nn.rotary import Rope, apply_rotary
+from megatron.parallel.tensor import ALONE, TensorParallel
 
 
 def attention_mask(
@@ -39,23 +40,21 @@ def attention_mask(
 
 
 class SelfAttention(nn.Module):
-    """QKV projection, rotary, attention, output projection."""
+    """QKV projection, rotary, attention, output projection; each tp rank has its share of the heads."""
 
-    def __init__(self, config: ModelConfig, recompute_core: bool = False) -> None:
+    def __init__(self, config: ModelConfig, recompute_core: bool = False, tp: TensorParallel = ALONE) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_kv_heads,
-            config.head_dim,
-        )
+        self.heads, self.kv_heads = tp.share(config.num_attention_heads), tp.share(config.num_kv_heads)
+        self.head_dim = config.head_dim
         self.dropout = config.attention_dropout
         self.recompute_core = recompute_core
         width = config.hidden_size
-        qkv_rows = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv = Linear(width, qkv_rows, config.qkv_bias)
-        self.proj = Linear(self.heads * self.head_dim, width, config.add_bias_linear)
-        self.q_norm = build_norm(config, self.head_dim) if config.qk_layernorm else None
-        self.k_norm = build_norm(config, self.head_dim) if config.qk_layernorm else None
+        qkv_rows = (config.num_attention_heads + 2 * config.num_kv_heads) * self.head_dim
+        self.qkv = ColumnParallelLinear(width, qkv_rows, config.qkv_bias, tp)
+        self.proj = RowParallelLinear(config.num_attention_heads * self.head_dim, width, config.add_bias_linear, tp)
+        partial = tp.size > 1  # each rank normalises its own heads
+        self.q_norm = build_norm(config, self.head_dim, partial) if config.qk_layernorm else None
+        self.k_norm = build_norm(config, self.head_dim, partial) if config.qk_layernorm else None
 
     def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None, cache: LayerKV | None = None) -> Tensor:
         """x [s, b, h] -> [s, b, h]; with a cache, x are the positions after those cached."""
@@ -70,10 +69,11 @@ class SelfAttention(nn.Module):
 
     def _project(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [s, b, heads, d], keys and values [s, b, kv heads, d], normalised and rotated."""
-        s, b, _ = x.shape
+        rows = self.qkv(x)  # of all positions, which x need not have
+        s, b, _ = rows.shape
         per_group = self.heads // self.kv_heads
         # Megatron's rows: per group its query heads, its key, its value.
-        grouped = self.qkv(x).view(s, b, self.kv_heads, per_group + 2, self.head_dim)
+        grouped = rows.view(s, b, self.kv_heads, per_group + 2, self.head_dim)
         turning, v = grouped.split((per_group + 1, 1), dim=3)  # split's gradient is one concatenation
         if self.q_norm is not None and self.k_norm is not None:
             q, k = turning.split((per_group, 1), dim=3)

@@ -14,6 +14,7 @@ from megatron.nn.mlp import MLP
 from megatron.nn.norm import build_norm
 from megatron.nn.rotary import Rope
 from megatron.parallel.rng import DropoutStream
+from megatron.parallel.tensor import ALONE, TensorParallel
 
 
 @dataclass(frozen=True)
@@ -36,31 +37,45 @@ class LayerOutput(NamedTuple):
 class TransformerLayer(nn.Module):
     """norm -> attention -> add -> norm -> MLP -> add; `place` names its dropout stream."""
 
-    def __init__(self, config: ModelConfig, place: int | str, recompute_core: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, place: int | str, recompute_core: bool = False, tp: TensorParallel = ALONE
+    ) -> None:
         super().__init__()
-        self.place = place
+        self.tp, self.place = tp, place
         self.dropout = config.hidden_dropout
         self.uses_dropout = config.hidden_dropout > 0 or config.attention_dropout > 0
         self.post_norm_residual = config.apply_residual_connection_post_layernorm
-        self.input_norm = build_norm(config)
-        self.attention = SelfAttention(config, recompute_core)
-        self.mlp_norm = build_norm(config)
-        self.mlp = MLP(config)
+        self.input_norm = build_norm(config, partial=tp.sequence)
+        self.attention = SelfAttention(config, recompute_core, tp)
+        self.mlp_norm = build_norm(config, partial=tp.sequence)
+        self.mlp = MLP(config, tp)
 
     def forward(self, hidden: Tensor, context: LayerContext, cache: LayerKV | None = None) -> LayerOutput:
         """hidden [s, b, h] -> LayerOutput; with a cache, hidden are the positions after those cached."""
-        if context.stream is not None and self.uses_dropout:
-            context.stream.enter(self.place)
-        return self._run(hidden, context.rope, context.mask, cache)
+        stream = context.stream if self.uses_dropout else None
+        if stream is not None:
+            stream.enter(self.place, sharded=self.tp.size > 1)  # of the heads' probabilities
+        return self._run(hidden, context.rope, context.mask, cache, stream if self.tp.size > 1 else None)
 
     def compile_body(self) -> None:
         """Run the layer's computation through torch.compile from now on."""
         self._run = torch.compile(self._run)
 
-    def _run(self, hidden: Tensor, rope: Rope | None, mask: Tensor | None, cache: LayerKV | None) -> LayerOutput:
+    def _run(
+        self,
+        hidden: Tensor,
+        rope: Rope | None,
+        mask: Tensor | None,
+        cache: LayerKV | None,
+        stream: DropoutStream | None = None,
+    ) -> LayerOutput:
+        """`stream`: given where hidden states draw other numbers than attention, as tp ranks do."""
         normed = self.input_norm(hidden)
         residual = normed if self.post_norm_residual else hidden
-        hidden = residual + self._drop(self.attention(normed, rope, mask, cache))
+        attended = self.attention(normed, rope, mask, cache)
+        if stream is not None:
+            stream.enter(f"{self.place} hidden", sharded=self.tp.sequence)
+        hidden = residual + self._drop(attended)
         normed = self.mlp_norm(hidden)
         residual = normed if self.post_norm_residual else hidden
         return LayerOutput(residual + self._drop(self.mlp(normed)), residual, normed)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from megatron.config.model import ModelConfig
-from megatron.nn.linear import Linear
+from megatron.nn.linear import ColumnParallelLinear, RowParallelLinear
+from megatron.parallel.tensor import ALONE, TensorParallel
 
 
 def _squared_relu(x: Tensor) -> Tensor:
@@ -23,15 +24,15 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": _gelu_tanh, "relu2":
 
 
 class MLP(nn.Module):
-    """h -> ffn -> h. Gated: `up` holds the gate's rows first, then the up projection's (Megatron's layout)."""
+    """h -> ffn -> h. Gated: `up` holds this rank's rows of the gate, then of the up projection (Megatron's layout)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel = ALONE) -> None:
         super().__init__()
         self.gated = config.gated
         self.activation = ACTIVATIONS[config.activation]
         rows = config.ffn_size * (2 if self.gated else 1)
-        self.up = Linear(config.hidden_size, rows, config.add_bias_linear)
-        self.down = Linear(config.ffn_size, config.hidden_size, config.add_bias_linear)
+        self.up = ColumnParallelLinear(config.hidden_size, rows, config.add_bias_linear, tp)
+        self.down = RowParallelLinear(config.ffn_size, config.hidden_size, config.add_bias_linear, tp)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [s, b, h] -> [s, b, h]."""

@@ -8,16 +8,21 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from megatron.config.model import ModelConfig
+from megatron.parallel.tensor import Split
 
 
 class Norm(nn.Module):
-    """Normalises the last dimension; `zero_centered` is Megatron's LayerNorm-1p."""
+    """Normalises the last dimension; `zero_centered` is Megatron's LayerNorm-1p.
 
-    def __init__(self, width: int, kind: str, eps: float, zero_centered: bool) -> None:
+    partial: a tp rank normalises but a part of the positions or heads.
+    """
+
+    def __init__(self, width: int, kind: str, eps: float, zero_centered: bool, partial: bool = False) -> None:
         super().__init__()
         self.kind, self.eps, self.zero_centered = kind, eps, zero_centered
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width)) if kind == "LayerNorm" else None
+        self.split = dict.fromkeys(("weight", "bias"), Split(partial=partial))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> same shape and dtype."""
@@ -59,6 +64,8 @@ class _RmsNorm(torch.autograd.Function):
         return input_grad.addcmul_(normed, mean, value=-1).mul_(scale), weight_grad, None
 
 
-def build_norm(config: ModelConfig, width: int | None = None) -> Norm:
+def build_norm(config: ModelConfig, width: int | None = None, partial: bool = False) -> Norm:
     """The model's kind of norm over `width` channels (default: the hidden size)."""
-    return Norm(width or config.hidden_size, config.normalization, config.norm_epsilon, config.apply_layernorm_1p)
+    return Norm(
+        width or config.hidden_size, config.normalization, config.norm_epsilon, config.apply_layernorm_1p, partial
+    )

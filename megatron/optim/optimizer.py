@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.training import OptimizerConfig
+from megatron.optim.gradient_sync import GradientSync, Shared
+from megatron.parallel.mesh import ONE_RANK, Mesh
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,16 @@ def is_decayed(name: str, parameter: Tensor) -> bool:
 class TrainingOptimizer:
     """AdamW or SGD on fp32 (or wider) weights; 16-bit parameters are copies of fp32 masters."""
 
-    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        config: OptimizerConfig,
+        mesh: Mesh | None = None,
+        shared: Shared | None = None,
+    ) -> None:
+        """mesh, shared: where the model is spread over ranks, and what they have in common."""
         self.parameters = {name: p for name, p in named_parameters if p.requires_grad}
+        self.sync = GradientSync(mesh or ONE_RANK, self.parameters, shared or Shared())
         self.clip_grad = config.clip_grad
         self.masters = {name: _master(p) for name, p in self.parameters.items()}
         self._hooks = [_attach_gradient_buffer(p) for p in self.parameters.values()]
@@ -60,15 +70,15 @@ class TrainingOptimizer:
         A gradient norm that is not finite (with `check_finite`) or above `limit` leaves parameters and moments
         untouched.
         """
-        grads = [p.main_grad for p in self.parameters.values()]
-        norm = float(torch.nn.utils.get_total_norm(grads, 2.0)) / loss_scale
+        self.sync.reduce()
+        norm = self.sync.total_norm() / loss_scale
         if (check_finite and not math.isfinite(norm)) or (limit is not None and norm > limit):
             return StepResult(False, norm)
         factor = 1.0 / loss_scale
         if self.clip_grad > 0:
             factor *= min(1.0, self.clip_grad / (norm + 1e-6))
         if factor != 1.0:
-            torch._foreach_mul_(grads, factor)
+            torch._foreach_mul_([p.main_grad for p in self.parameters.values()], factor)
         for group in self.inner.param_groups:
             group["lr"] = lr
             group["weight_decay"] = weight_decay if group["decayed"] else 0.0

@@ -1,39 +1,52 @@
-"""The mesh of ranks as a value: axes dp, pp, tp, asked by name, built once and passed down.
+"""The mesh of ranks as a value: axes pp, dp, tp, asked by name, built once and passed down.
 
-Rank order is Megatron's: tp fastest, then dp, then pp. This version has one rank; code above already asks the
-mesh, so larger sizes only fill in `group` and `peer`.
+Rank order is Megatron's: tp fastest, then dp, then pp. Only this module talks to torchrun's environment and makes
+process groups; everyone else is handed a `Mesh` and asks it.
 """
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from megatron.config.parallel import ParallelConfig
 from megatron.errors import ConfigError
 from megatron.parallel.backend import Backend
 
-AXES = ("dp", "pp", "tp")
+AXES = ("pp", "dp", "tp")  # slowest first
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes and this rank's coordinates along the axes dp, pp, tp, and the backend they run on."""
+    """Sizes and this rank's coordinates along the axes pp, dp, tp, and the backend they run on.
+
+    A mesh of one rank has no process groups: `group` is None, and nobody communicates.
+    """
 
     backend: Backend
     sizes: tuple[int, int, int] = (1, 1, 1)
     ranks: tuple[int, int, int] = (0, 0, 0)
+    groups: Mapping[str, dist.ProcessGroup] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def build(config: ParallelConfig, backend: Backend) -> "Mesh":
-        """Make the mesh of this process. Raises ConfigError where several processes were launched."""
-        world = os.environ.get("WORLD_SIZE", "1")
-        if world != "1":
-            raise ConfigError(
-                f"{world} processes were launched, but this version trains on one: "
-                "start it without torchrun, or with --nproc-per-node 1"
-            )
-        sizes = (1, config.pipeline_model_parallel_size, config.tensor_model_parallel_size)
-        assert sizes == (1, 1, 1), "config rules refuse parallel sizes above 1"
-        return Mesh(backend, sizes)
+        """Make the mesh of this process and the others that torchrun launched, joining them first where need be.
+
+        Every rank must call this, with the same sizes. Raises ConfigError where they don't fit the number of ranks.
+        """
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        sizes = mesh_sizes(config, world)
+        if world == 1:
+            return Mesh(backend)
+        if not dist.is_initialized():
+            _join(config, backend)
+        axes = init_device_mesh(backend.device.type, sizes, mesh_dim_names=AXES)
+        groups = {axis: axes.get_group(axis) for axis, size in zip(AXES, sizes, strict=True) if size > 1}
+        return Mesh(backend, sizes, tuple(axes.get_coordinate()), groups)
 
     def size(self, axis: str) -> int:
         """Number of ranks along `axis`."""
@@ -43,11 +56,102 @@ class Mesh:
         """This process's coordinate along `axis`."""
         return self.ranks[AXES.index(axis)]
 
+    @property
+    def world_size(self) -> int:
+        """Number of ranks in all."""
+        return self.sizes[0] * self.sizes[1] * self.sizes[2]
+
+    @property
+    def world_rank(self) -> int:
+        """This process's rank among all."""
+        return _rank_at(self.ranks, self.sizes)
+
+    def group(self, axis: str) -> dist.ProcessGroup | None:
+        """The ranks that differ from this one in `axis` alone; None where there are no others."""
+        return self.groups.get(axis)
+
+    def peer(self, axis: str, coordinate: int) -> int:
+        """World rank of the one at `coordinate` along `axis` that is like this one otherwise."""
+        place = list(self.ranks)
+        place[AXES.index(axis)] = coordinate
+        return _rank_at(place, self.sizes)
+
+    def subgroup(self, axis: str, coordinates: Sequence[int]) -> dist.ProcessGroup | None:
+        """The ranks at `coordinates` of `axis` that are like this one otherwise; None for a rank not among them.
+
+        Every rank of the mesh must call this, in the same order.
+        """
+        mine = None
+        for members in _lines(self.sizes, axis):
+            chosen = [members[coordinate] for coordinate in coordinates]
+            group = dist.new_group(chosen) if len(chosen) > 1 else None
+            if self.world_rank in chosen:
+                mine = group
+        return mine
+
     def place(self) -> str:
         """This process's coordinates in words, for messages."""
-        return " ".join(f"{axis}={rank}" for axis, rank in zip(AXES, self.ranks, strict=True))
+        return _words(self.ranks)
+
+    def describe(self) -> str:
+        """The sizes in words, for messages."""
+        return _words(self.sizes)
 
     @property
     def is_main(self) -> bool:
         """Whether this is the rank that writes logs."""
         return self.ranks == (0, 0, 0)
+
+    def sum(self, values: torch.Tensor, axis: str | None = None) -> torch.Tensor:
+        """Sum of `values` over all ranks, or those along `axis`, in place."""
+        if (self.world_size if axis is None else self.size(axis)) > 1:
+            dist.all_reduce(values, group=None if axis is None else self.group(axis))
+        return values
+
+    def broadcast(self, values: torch.Tensor, axis: str, source: int) -> torch.Tensor:
+        """The values of the rank at coordinate `source` along `axis`, written into those of the others."""
+        if self.size(axis) > 1:
+            dist.broadcast(values, self.peer(axis, source), group=self.group(axis))
+        return values
+
+    def close(self) -> None:
+        """Leave the process groups; the mesh is of no use afterwards."""
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+ONE_RANK = Mesh(Backend(torch.device("cpu"), "gloo"))
+
+
+def mesh_sizes(config: ParallelConfig, world: int) -> tuple[int, int, int]:
+    """(pp, dp, tp) for `world` ranks: what tp and pp leave is data-parallel. Raises ConfigError where they don't fit."""
+    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    if world % (tp * pp):
+        raise ConfigError(
+            f"--tensor-model-parallel-size {tp} times --pipeline-model-parallel-size {pp} does not divide the "
+            f"{world} process{'es' if world > 1 else ''} launched: start {tp * pp} (or a multiple) with "
+            f"torchrun --nproc-per-node, or lower the sizes"
+        )
+    return pp, world // (tp * pp), tp
+
+
+def _join(config: ParallelConfig, backend: Backend) -> None:
+    timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    kinds = f"cpu:gloo,cuda:{backend.process_group}" if backend.is_cuda else backend.process_group
+    device = backend.device if backend.is_cuda else None
+    dist.init_process_group(kinds, timeout=timeout, device_id=device)
+
+
+def _lines(sizes: Sequence[int], axis: str) -> list[list[int]]:
+    """The world ranks of every line along `axis`; the same list on every rank."""
+    grid = torch.arange(sizes[0] * sizes[1] * sizes[2]).view(*sizes)
+    return grid.movedim(AXES.index(axis), -1).flatten(0, 1).tolist()
+
+
+def _rank_at(place: Sequence[int], sizes: Sequence[int]) -> int:
+    return (place[0] * sizes[1] + place[1]) * sizes[2] + place[2]
+
+
+def _words(numbers: Sequence[int]) -> str:
+    by_axis = dict(zip(AXES, numbers, strict=True))
+    return " ".join(f"{axis}={by_axis[axis]}" for axis in ("dp", "pp", "tp"))

@@ -23,9 +23,14 @@ def generator(seed: int, *keys: int | str) -> torch.Generator:
 class DropoutStream:
     """The dropout streams of one microbatch: `enter(layer)` starts the stream of a layer, block or head."""
 
-    def __init__(self, seed: int, step: int, microbatch: int, dp_rank: int = 0) -> None:
+    def __init__(self, seed: int, step: int, microbatch: int, dp_rank: int = 0, tp_rank: int = 0) -> None:
         self._keys = (seed, "dropout", step, microbatch, dp_rank)
+        self._tp_rank = tp_rank
 
-    def enter(self, place: int | str) -> None:
-        """Reseed torch's global generators (CPU and GPU) for `place`."""
-        torch.manual_seed(derive_seed(*self._keys, place))
+    def enter(self, place: int | str, sharded: bool = False) -> None:
+        """Reseed torch's global generators (CPU and GPU) for `place`.
+
+        sharded: tp ranks hold different parts of what is dropped there, and draw different numbers.
+        """
+        part = (f"tp {self._tp_rank}",) if sharded and self._tp_rank else ()
+        torch.manual_seed(derive_seed(*self._keys, place, *part))

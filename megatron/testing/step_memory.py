@@ -22,9 +22,7 @@ from megatron.model.gpt import GPT
 from megatron.model.stage import Stage
 from megatron.optim.optimizer import TrainingOptimizer
 from megatron.parallel.backend import peak_resident_bytes
-from megatron.schedule.execute import run
-from megatron.schedule.generate import one_f_one_b
-from megatron.testing.tiny import build_gpt, random_batch
+from megatron.testing.tiny import accumulate, build_gpt, random_batch
 
 
 def training_step(
@@ -36,12 +34,11 @@ def training_step(
         parameter.grad = parameter.main_grad = None
     optimizer, stage = TrainingOptimizer(model.named_parameters(), OptimizerConfig()), Stage(model)
     weights = {**dict.fromkeys(map(str, exits.exit_layer_nums), 0.5), FINAL: 1.0}
-    goal = Objective(weights, {}, frozenset(), num_microbatches=1)
-    actions = one_f_one_b(1, 1)[0]
+    goal = Objective(weights, {}, frozenset())
 
     def step() -> None:
         optimizer.zero_grad()
-        run(actions, stage, [batch], [None], goal)
+        accumulate(stage, [batch], goal)
         optimizer.step(1e-3, 0.0, 1.0, True)
 
     return model, step

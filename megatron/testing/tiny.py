@@ -1,13 +1,21 @@
 """Toy configs, models and batches for tests and examples: small enough for milliseconds, complete in kind."""
 
+from collections.abc import Sequence
+
 import torch
 
 from megatron.config.model import ExitConfig, ModelConfig
 from megatron.data.loader import Microbatch, make_microbatch
+from megatron.exits.loss import LossTerms, Objective, Share
 from megatron.exits.spec import exit_specs
 from megatron.model.gpt import GPT
 from megatron.model.init import initialise
 from megatron.model.partition import partition
+from megatron.model.stage import Stage, TokenBatch
+from megatron.parallel.rng import DropoutStream
+from megatron.schedule.actions import Pipeline
+from megatron.schedule.execute import Plan, Step, run
+from megatron.schedule.generate import GENERATORS
 
 GPT_SHAPE = dict(num_layers=4, hidden_size=32, num_attention_heads=4, seq_length=16, init_method_std=0.1)
 LLAMA_SHAPE = GPT_SHAPE | dict(
@@ -38,8 +46,8 @@ def build_gpt(
 ) -> GPT:
     """An initialised one-stage model with gradient buffers, on the CPU. Norms and biases are perturbed too."""
     exits = exits or ExitConfig()
-    stage = partition(model.num_layers, exit_specs(exits), 1)[0]
-    gpt = GPT(model, exits, stage, padded_vocab_size).to(dtype)
+    stages = partition(model.num_layers, exit_specs(exits), 1)
+    gpt = GPT(model, exits, stages, padded_vocab_size).to(dtype)
     initialise(gpt, seed, vocab_size)
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -56,3 +64,19 @@ def random_batch(batch: int = 2, length: int = 16, vocab_size: int = 60, seed: i
     source = torch.Generator().manual_seed(seed)
     text = torch.randint(0, vocab_size, (batch, length + 1), generator=source)
     return make_microbatch(text, 0, **flags)
+
+
+def accumulate(
+    stage: Stage,
+    batches: Sequence[TokenBatch],
+    objective: Objective,
+    streams: Sequence[DropoutStream | None] | None = None,
+    kind: str = "1f1b",
+) -> list[LossTerms]:
+    """The gradients of a step on a one-stage model, as the mean over `batches`; returns their losses."""
+    pipeline = Pipeline(1, len(batches), frozenset({0}))
+    plan = Plan.of(GENERATORS[kind](pipeline))
+    shares = Share(1 / len(batches), 1 / len(batches))
+    step = Step({0: stage}, batches, streams or [None] * len(batches), objective, lambda stage, microbatch: shares)
+    terms = run(plan, 0, step)
+    return [terms[0, m] for m in range(len(batches))]

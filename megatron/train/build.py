@@ -1,15 +1,22 @@
 """From a config to a trainer: plain functions, one per part."""
 
+import torch
+
 from megatron.config.run import RunConfig
 from megatron.errors import ConfigError
+from megatron.exits.spec import exit_specs
 from megatron.model.build import build_model
 from megatron.model.gpt import GPT
+from megatron.model.partition import partition, replicas
 from megatron.model.stage import Stage
+from megatron.optim.gradient_sync import Shared
 from megatron.optim.lr import LrSchedule, WeightDecaySchedule
 from megatron.optim.optimizer import TrainingOptimizer
 from megatron.optim.scaler import LossScaler
 from megatron.parallel.backend import Backend
 from megatron.parallel.mesh import Mesh
+from megatron.parallel.p2p import PipelineLink
+from megatron.parallel.tensor import splits
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer
 from megatron.train.batch_size import training_length
@@ -17,13 +24,16 @@ from megatron.train.spikes import SpikeWatch
 from megatron.train.trainer import Trainer
 
 
-def build_trainer(config: RunConfig, backend: Backend | None = None) -> Trainer:
-    """Make all parts of a training run; parameters are still uninitialised (see `checkpoints.start`)."""
+def build_trainer(config: RunConfig, backend: Backend | None = None, dtype: torch.dtype | None = None) -> Trainer:
+    """Make all parts of a training run; parameters are still uninitialised (see `checkpoints.start`).
+
+    dtype: of parameters, where it isn't the config's.
+    """
     backend = backend or Backend.choose(config.parallel.distributed_backend)
     mesh = Mesh.build(config.parallel, backend)
     tokenizer = make_tokenizer(config)
     try:
-        model = build_model(config, mesh, tokenizer.vocab_size)
+        model = build_model(config, mesh, tokenizer.vocab_size, dtype)
     except (MemoryError, RuntimeError) as error:  # how torch says that memory can't be had
         if "memory" not in str(error):
             raise
@@ -39,13 +49,36 @@ def build_trainer(config: RunConfig, backend: Backend | None = None) -> Trainer:
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
         model=model,
-        stage=Stage(model, tokenizer.vocab_size),
-        optimizer=None if config.training.skip_train else TrainingOptimizer(model.named_parameters(), config.optimizer),
+        partition=partition(config.model.num_layers, exit_specs(config.exits), mesh.size("pp")),
+        stages={spec.index: Stage(model, tokenizer.vocab_size, spec) for spec in model.stages},
+        link=PipelineLink.build(mesh) if mesh.size("pp") > 1 else None,
+        optimizer=None if config.training.skip_train else build_optimizer(config, model, mesh),
         scaler=build_scaler(config),
         lr=build_lr(config, mesh.size("dp")),
         weight_decay=build_weight_decay(config, mesh.size("dp")),
         spikes=SpikeWatch(config.training),
     )
+
+
+def build_optimizer(config: RunConfig, model: GPT, mesh: Mesh) -> TrainingOptimizer:
+    """The optimizer, told which parameters the ranks of the mesh have in common. Every rank must call this."""
+    split, ranks = splits(model), mesh.size("pp")
+    who = replicas(config.model, config.exits, ranks, ranks)
+    copies, foreign = [], set()
+    for holders, prefixes in ((who.word, ("embedding.word.", "word_copy.")), (who.final_norm, ("final_norm.",))):
+        names = tuple(name for name in split if name.startswith(prefixes))
+        group = mesh.subgroup("pp", holders) if len(holders) > 1 else None
+        if group is not None:
+            copies.append((group, names))
+        if holders[0] != mesh.rank("pp"):
+            foreign |= set(names)
+    shared = Shared(
+        partial=frozenset(name for name, one in split.items() if one.partial),
+        cut=frozenset(name for name, one in split.items() if one.dim is not None),
+        copies=copies,
+        foreign=frozenset(foreign),
+    )
+    return TrainingOptimizer(model.named_parameters(), config.optimizer, mesh, shared)
 
 
 def compile_layers(model: GPT) -> None:

@@ -12,7 +12,7 @@ from megatron.checkpoint import megatron_legacy, native
 from megatron.checkpoint.find import NATIVE, Found, recognise_if_any
 from megatron.checkpoint.run_facts import read_run_facts
 from megatron.checkpoint.snapshot import Snapshot
-from megatron.checkpoint.state import MODEL, OPTIMIZER, RunState, copy_into
+from megatron.checkpoint.state import MODEL, OPTIMIZER, PADDING, RunState, copy_into
 from megatron.config.load import from_checkpoint, save_config, to_dict
 from megatron.config.run import RunConfig
 from megatron.errors import CheckpointError, ConfigError
@@ -20,6 +20,7 @@ from megatron.logs import get_logger
 from megatron.model.init import initialise
 from megatron.model.names import model_state, named_parts
 from megatron.optim.lr import LrSchedule, WeightDecaySchedule
+from megatron.parallel.placement import Placed, views
 from megatron.train.trainer import Trainer
 
 log = get_logger(__name__)
@@ -53,14 +54,14 @@ _SCHEDULE_FLAGS = {
 _EXIT_MEANING = ("exit_layer_nums", "pre_exit", "exit_norm")
 
 
-def state_tensors(trainer: Trainer, *, optimizer: bool = True) -> dict[str, Tensor]:
-    """Checkpoint key -> live view, for all tensors of the run."""
+def state_tensors(trainer: Trainer, *, optimizer: bool = True) -> dict[str, Placed]:
+    """Checkpoint key -> live view and its place in the whole tensor, for all that this rank holds of the run."""
     model, vocab = trainer.model, trainer.vocab_size
-    tensors = {MODEL + name: view for name, view in model_state(model, vocab).items()}
+    tensors = {MODEL + name: part for name, part in model_state(model, vocab).items()}
     if optimizer and trainer.optimizer is not None:
         for kind, name, tensor in trainer.optimizer.state_tensors():
-            for part, view in named_parts(name, tensor, model, vocab):
-                tensors[f"{OPTIMIZER}{kind}/{part}"] = view
+            for part, placed in named_parts(name, tensor, model, vocab):
+                tensors[f"{OPTIMIZER}{kind}/{part}"] = placed
     return tensors
 
 
@@ -86,7 +87,7 @@ def facts(trainer: Trainer) -> dict[str, Any]:
 
 def tensors_to_save(trainer: Trainer) -> dict[str, Tensor]:
     """Checkpoint key -> live view, for what --save writes."""
-    return state_tensors(trainer, optimizer=trainer.config.checkpoint.save_optim)
+    return views(state_tensors(trainer, optimizer=trainer.config.checkpoint.save_optim))
 
 
 def capture(trainer: Trainer, snapshot: Snapshot | None = None) -> RunState:
@@ -162,12 +163,12 @@ def load(trainer: Trainer, found: Found) -> None:
         _check_same_tokenizer(trainer, about, what)
         if not fresh:
             _say_other_run(trainer.config, from_checkpoint(about["config"]), what)
-        native.load(found.directory, targets, ignore=ignore, convert=True)
+        native.load(found.directory, views(targets), ignore=ignore, convert=True)
     else:
         state = megatron_legacy.read(found.directory, trainer.vocab_size, with_optimizer=with_optimizer)
         about = state.facts
         _check_same_model(trainer.config, from_checkpoint(about["args"]), what, _UNSURE_IN_MEGATRON)
-        copy_into(state.tensors, targets, what, convert=True)
+        _copy_own(trainer, state.tensors, targets, what)
     if with_optimizer:
         trainer.optimizer.steps = about["optimizer_step"]
         trainer.scaler.restore(about.get("grad_scaler") or {})
@@ -178,6 +179,17 @@ def load(trainer: Trainer, found: Found) -> None:
         _restore_progress(trainer, about)
         if with_optimizer:
             _restore_schedules(trainer, about)
+
+
+def _copy_own(trainer: Trainer, source: dict[str, Tensor], targets: dict[str, Placed], what: str) -> None:
+    """Copy this rank's part of a whole state. With several ranks, tensors without a target belong to others."""
+    if trainer.mesh.world_size > 1:
+        source = {
+            name: part.of(source[name]) if not name.endswith(PADDING) else source[name]
+            for name, part in targets.items()
+            if name in source
+        }
+    copy_into(source, views(targets), what, convert=True)
 
 
 def _restore_progress(trainer: Trainer, about: dict[str, Any]) -> None:

@@ -3,11 +3,17 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
 from megatron.exits.spec import FINAL
-from megatron.model.stage import Stage, TokenBatch
+from megatron.model.stage import TokenBatch, head_scores
+from megatron.nn.cross_entropy import HeadLoss
+from megatron.parallel.p2p import UP
+from megatron.train.trainer import Trainer
+
+_WINDOW = 8  # microbatches that go through a pipeline before their heads are compared
 
 
 @dataclass(frozen=True)
@@ -24,19 +30,54 @@ class HeadMetrics:
         return math.exp(min(self.loss, 20.0))
 
 
-def evaluate(stage: Stage, batches: Iterable[TokenBatch]) -> dict[str, HeadMetrics]:
-    """Score every head of the model over `batches`; by head label, shallow first. Empty without batches."""
-    stage.model.eval()
-    sums: dict[str, torch.Tensor] = {}
-    tokens: torch.Tensor | float = 0.0
-    for batch in batches:
-        scores = stage.evaluate(batch)
-        tokens = tokens + batch.loss_mask.sum()
-        for label, score in scores.items():
-            row = torch.stack((score.loss.double(), score.correct.double(), score.agree.double()))
-            sums[label] = sums.get(label, 0) + row
-    stage.model.train()
-    return {label: HeadMetrics(*(row / max(float(tokens), 1.0)).tolist()) for label, row in sums.items()}
+def evaluate(trainer: Trainer, batches: Iterable[TokenBatch]) -> dict[str, HeadMetrics]:
+    """Score every head of the model over all ranks' `batches`, as many on each; by head label, shallow first.
+
+    The same on every rank; empty without batches.
+    """
+    mesh, labels = trainer.mesh, [label for stage in trainer.partition for label in stage.heads]
+    trainer.model.eval()
+    sums = torch.zeros(len(labels), 3, dtype=torch.float64, device=mesh.backend.device)
+    tokens = torch.zeros((), dtype=torch.float64, device=mesh.backend.device)
+    batches = iter(batches)
+    while window := list(islice(batches, _WINDOW)):
+        scored = [_forward(trainer, batch) for batch in window]
+        for batch, heads in zip(window, scored, strict=True):
+            tokens += batch.loss_mask.sum()
+            final = heads[FINAL].argmax if FINAL in heads else torch.empty_like(batch.labels).t().flatten()
+            mesh.broadcast(final, "pp", trainer.partition[-1].index % mesh.size("pp"))
+            if mesh.rank("tp") == 0:
+                for label, score in head_scores(heads, final, batch).items():
+                    row = (score.loss.double(), score.correct.double(), score.agree.double())
+                    sums[labels.index(label)] += torch.stack(row)
+    trainer.model.train()
+    if trainer.link is not None:
+        trainer.link.finish()
+    count = float(mesh.sum(tokens, "dp"))
+    return (
+        {
+            label: HeadMetrics(*row)
+            for label, row in zip(labels, (mesh.sum(sums) / max(count, 1.0)).tolist(), strict=True)
+        }
+        if count
+        else {}
+    )
+
+
+@torch.no_grad()
+def _forward(trainer: Trainer, batch: TokenBatch) -> dict[str, HeadLoss]:
+    """One microbatch through this rank's stages: taken from the rank before, handed to the one after."""
+    ranks, heads, hidden = trainer.mesh.size("pp"), {}, None
+    for index, stage in trainer.stages.items():
+        if index and ranks > 1:
+            hidden = stage.empty_message(batch)
+            trainer.link.receive(hidden, (index - 1) % ranks, UP).wait()
+        activations = stage.forward(batch, None, hidden)
+        heads |= stage.score(activations, batch)
+        hidden = activations.hidden
+        if not stage.spec.is_last and ranks > 1:
+            trainer.link.send(hidden, (index + 1) % ranks, UP)
+    return heads
 
 
 def metric_names(results: dict[str, HeadMetrics]) -> dict[str, float]:

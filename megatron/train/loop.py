@@ -239,7 +239,7 @@ def _evaluate(session: Session, split: str, dataset: Dataset | None, turn: int) 
     turns = max(1, len(dataset) // (count * per_microbatch))
     watch = Stopwatch()
     stream = microbatches(trainer, dataset, turn % turns * count * per_microbatch)
-    results = evaluate(trainer.stage, _until_stopped(islice(stream, count), session.stop))
+    results = evaluate(trainer, _until_stopped(islice(stream, count), session.stop))
     if session.stop.received:
         session.console.say(f"{split} evaluation given up: {session.stop.received} received")
         return

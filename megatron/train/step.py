@@ -6,19 +6,23 @@ Nothing here knows about files or loops: `train_step` is a function of a `Traine
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import torch
+from torch import Tensor
 
-from megatron.exits.loss import LossTerms, Objective
+from megatron.exits.loss import Objective, Share
 from megatron.exits.spec import FINAL, exit_specs
 from megatron.exits.weights import exit_weight
 from megatron.model.stage import TokenBatch
 from megatron.optim.optimizer import TrainingOptimizer
-from megatron.schedule.actions import Schedule
-from megatron.schedule.check import check
-from megatron.schedule.execute import run
+from megatron.schedule.actions import Pipeline
+from megatron.schedule.check import validate
+from megatron.schedule.communicate import communicate
+from megatron.schedule.execute import Plan, Step, run
 from megatron.schedule.generate import GENERATORS
+from megatron.schedule.terms import Terms
+from megatron.train.losses import gather_losses
 from megatron.train.spikes import loss_name
 from megatron.train.trainer import Trainer
 
@@ -46,21 +50,23 @@ def train_step(trainer: Trainer, batches: Sequence[TokenBatch]) -> StepReport:
     """Accumulate the gradients of all microbatches, apply them, and move the trainer's progress on."""
     config, progress, optimizer = trainer.config, trainer.progress, trainer.optimizer
     objective = make_objective(trainer, batches)
-    schedule = checked_schedule(config.parallel.pipeline_schedule, trainer.mesh.size("pp"), len(batches))
+    plan = step_plan(config.parallel.pipeline_schedule, trainer.pipeline(len(batches)))
     streams = [trainer.dropout_stream(progress.iteration, m) for m in range(len(batches))]
+    step = Step(trainer.stages, batches, streams, objective, partial(_share, plan.terms))
 
     trainer.model.train()
     optimizer.zero_grad()
-    terms = run(schedule[trainer.mesh.rank("pp")], trainer.stage, batches, streams, objective)
+    terms = run(plan, trainer.mesh.rank("pp"), step, trainer.link)
 
-    losses, confidences = _to_host(terms)
+    losses, confidences = gather_losses(trainer.mesh, trainer.partition, plan, terms, objective.dynamic)
+    scale = trainer.scaler.scale
     lr, weight_decay = trainer.lr.at(progress.optimizer_samples), trainer.weight_decay.at(progress.optimizer_samples)
     guarded = config.training.check_for_nan_in_loss_and_grad or trainer.scaler.dynamic
     problem = (_find_problem(losses) if guarded else None) or trainer.spikes.loss_problem(losses)
     applied, grad_norm, overflow = False, math.nan, False
     if problem is None:
         limit = trainer.spikes.grad_limit()
-        result = optimizer.step(lr, weight_decay, objective.loss_scale, guarded, limit)
+        result = optimizer.step(lr, weight_decay, scale, guarded, limit)
         applied, grad_norm = result.applied, result.grad_norm
         overflow = not applied and not math.isfinite(grad_norm)
         trainer.scaler.update(overflow)
@@ -74,7 +80,7 @@ def train_step(trainer: Trainer, batches: Sequence[TokenBatch]) -> StepReport:
         weights={label: w for label, w in objective.weights.items() if label != FINAL},
         lr=lr,
         grad_norm=grad_norm,
-        loss_scale=objective.loss_scale,
+        loss_scale=scale,
         applied=applied,
         problem=f"{problem} (rank {trainer.mesh.place()})" if problem else None,
         overflow=overflow,
@@ -83,11 +89,15 @@ def train_step(trainer: Trainer, batches: Sequence[TokenBatch]) -> StepReport:
 
 
 @cache
-def checked_schedule(kind: str, num_stages: int, num_microbatches: int) -> Schedule:
-    """The schedule of a step; depends on these three alone, so it is made and checked once."""
-    schedule = GENERATORS[kind](num_stages, num_microbatches)
-    check(schedule, num_microbatches)
-    return schedule
+def step_plan(kind: str, pipeline: Pipeline) -> Plan:
+    """The schedule of a step; depends on these two alone, so it is made and checked once."""
+    schedule = communicate(GENERATORS[kind](pipeline))
+    validate(schedule, pipeline)
+    return Plan.of(schedule)
+
+
+def _share(terms: Terms, stage: int, microbatch: int) -> Share:
+    return Share(terms.exit_factor(stage, microbatch), terms.final_factor)
 
 
 def make_objective(trainer: Trainer, batches: Sequence[TokenBatch]) -> Objective:
@@ -108,18 +118,15 @@ def make_objective(trainer: Trainer, batches: Sequence[TokenBatch]) -> Objective
         weights={**weights, FINAL: 1.0},
         temperatures={spec.label: spec.temperature for spec in specs},
         dynamic=frozenset(weights) if exits.use_dynamic_exit_layer_weight else frozenset(),
-        num_microbatches=len(batches),
-        loss_scale=trainer.scaler.scale,
-        total_tokens=torch.stack([batch.loss_mask.sum() for batch in batches]).sum() if per_token else None,
+        scale=trainer.scaler.scale / trainer.mesh.size("dp"),
+        mean_tokens=_mean_tokens(trainer, batches) if per_token else None,
     )
 
 
-def _to_host(terms: Sequence[LossTerms]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Loss shares and mean confidences by label and microbatch, in one transfer."""
-    labels, dynamic = list(terms[0].loss), list(terms[0].confidence)
-    rows = [[term.loss[label] for label in labels] + [term.confidence[label] for label in dynamic] for term in terms]
-    columns = torch.stack([torch.stack(row) for row in rows]).t().tolist()
-    return dict(zip(labels, columns, strict=False)), dict(zip(dynamic, columns[len(labels) :], strict=True))
+def _mean_tokens(trainer: Trainer, batches: Sequence[TokenBatch]) -> Tensor:
+    """Unmasked tokens of a microbatch, averaged over the global batch."""
+    total = torch.stack([batch.loss_mask.sum() for batch in batches]).sum().clamp(min=1).double()
+    return trainer.mesh.sum(total, "dp") / (len(batches) * trainer.mesh.size("dp"))
 
 
 def _find_problem(losses: dict[str, list[float]]) -> str | None:

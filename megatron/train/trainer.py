@@ -4,12 +4,15 @@ from dataclasses import dataclass, field
 
 from megatron.config.run import RunConfig
 from megatron.model.gpt import GPT
+from megatron.model.partition import StageSpec
 from megatron.model.stage import Stage
 from megatron.optim.lr import LrSchedule, WeightDecaySchedule
 from megatron.optim.optimizer import TrainingOptimizer
 from megatron.optim.scaler import LossScaler
 from megatron.parallel.mesh import Mesh
+from megatron.parallel.p2p import PipelineLink
 from megatron.parallel.rng import DropoutStream
+from megatron.schedule.actions import Pipeline
 from megatron.tokenizer.base import Tokenizer
 from megatron.train.spikes import SpikeWatch
 
@@ -32,6 +35,7 @@ class Progress:
 class Trainer:
     """Everything a step needs. `vocab_size` counts true ids; the model's matrices may be padded beyond it.
 
+    partition: all stages of the model; stages: this rank's by index; link: to the other pipeline ranks, if any.
     optimizer: None where the run only evaluates.
     """
 
@@ -40,7 +44,9 @@ class Trainer:
     tokenizer: Tokenizer
     vocab_size: int
     model: GPT
-    stage: Stage
+    partition: tuple[StageSpec, ...]
+    stages: dict[int, Stage]
+    link: PipelineLink | None
     optimizer: TrainingOptimizer | None
     scaler: LossScaler
     lr: LrSchedule
@@ -53,8 +59,14 @@ class Trainer:
         """Whether the forward pass draws random numbers."""
         return self.config.model.hidden_dropout > 0 or self.config.model.attention_dropout > 0
 
+    def pipeline(self, num_microbatches: int) -> Pipeline:
+        """What a step's schedule is asked for."""
+        heads = frozenset(stage.index for stage in self.partition if stage.heads)
+        ranks = self.mesh.size("pp")
+        return Pipeline(ranks, num_microbatches, heads, chunks=len(self.partition) // ranks)
+
     def dropout_stream(self, step: int, microbatch: int) -> DropoutStream | None:
         """The dropout streams of one microbatch of one step, or None where nothing is dropped."""
         if not self.uses_dropout:
             return None
-        return DropoutStream(self.config.training.seed, step, microbatch, self.mesh.rank("dp"))
+        return DropoutStream(self.config.training.seed, step, microbatch, self.mesh.rank("dp"), self.mesh.rank("tp"))

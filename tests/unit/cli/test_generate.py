@@ -26,7 +26,7 @@ def save(root: Path, exits: ExitConfig) -> str:
         "config": to_dict(replace(RunConfig(), model=shape, exits=exits, tokenizer=words)),
         "tokenizer": NullTokenizer(59).fingerprint,
     }
-    native.save(root, 1, RunState({MODEL + n: view for n, view in model_state(model, 60).items()}, facts))
+    native.save(root, 1, RunState({MODEL + n: part.view for n, part in model_state(model, 60).items()}, facts))
     return str(root)
 
 

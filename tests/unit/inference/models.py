@@ -81,7 +81,7 @@ def all_logits(model: GPT, ids: list[int]) -> dict[str, Tensor]:
     """Logits [len(ids), vocabulary] of every head by the forward pass of training."""
     hidden = model.embedding(torch.tensor([ids]), None, None)
     context = model.context(len(ids), hidden)
-    _, taps = model(hidden, context)
+    _, taps = model(hidden, context, model.stages[0])
     return {
         head: model.features(head, taps[head], context)[:, 0] @ model.output_weight(head)[:VOCAB].t()
         for head in model.head_labels()

@@ -32,7 +32,7 @@ def save(root: Path, words: TokenizerConfig, tokenizer: Tokenizer, iteration: in
     """A checkpoint as training writes it, of a model whose padding differs from the loader's."""
     model = build_gpt(LLAMA, EXITS, tokenizer.vocab_size, tokenizer.vocab_size + 4, seed=iteration).eval()
     config = replace(RunConfig(), model=LLAMA, exits=EXITS, tokenizer=words)
-    tensors = {MODEL + name: view for name, view in model_state(model, tokenizer.vocab_size).items()}
+    tensors = {MODEL + name: part.view for name, part in model_state(model, tokenizer.vocab_size).items()}
     tensors["optimizer/exp_avg/final_norm.weight"] = torch.zeros(32)
     facts = {"config": to_dict(config), "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.fingerprint}
     native.save(root, iteration, RunState(tensors, facts), tokenizer.files())

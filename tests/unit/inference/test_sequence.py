@@ -10,7 +10,7 @@ CAPACITY = 24
 
 
 def state_of(model: GPT) -> SequenceState:
-    segments = cut(model.config.num_layers, model.stage.exits)
+    segments = cut(model.config.num_layers, model.exit_specs())
     return SequenceState(model, segments, Places(model), CAPACITY)
 
 
@@ -20,13 +20,13 @@ def caches(state: SequenceState) -> list:
 
 
 def test_segments_end_where_exits_tap() -> None:
-    assert [(s.first, s.last, s.head) for s in cut(4, make("gpt").stage.exits)] == [
+    assert [(s.first, s.last, s.head) for s in cut(4, make("gpt").exit_specs())] == [
         (0, 1, "1"),
         (1, 3, "3"),
         (3, 4, FINAL),
     ]
-    assert [(s.first, s.last) for s in cut(4, make("pre_exit").stage.exits)] == [(0, 0), (0, 1), (1, 3), (3, 4)]
-    assert [(s.first, s.last) for s in cut(4, make("last_layer").stage.exits)] == [(0, 2), (2, 4), (4, 4)]
+    assert [(s.first, s.last) for s in cut(4, make("pre_exit").exit_specs())] == [(0, 0), (0, 1), (1, 3), (3, 4)]
+    assert [(s.first, s.last) for s in cut(4, make("last_layer").exit_specs())] == [(0, 2), (2, 4), (4, 4)]
     assert [(s.first, s.last, s.head) for s in cut(4, ())] == [(0, 4, FINAL)]
 
 

@@ -7,7 +7,7 @@ from megatron.config.model import ExitConfig, ModelConfig
 from megatron.exits.loss import Objective
 from megatron.exits.spec import exit_specs
 from megatron.model.stage import Stage
-from megatron.testing.tiny import build_gpt, random_batch
+from megatron.testing.tiny import accumulate, build_gpt, random_batch
 from tests.unit.model.independent import losses_and_gradients, scores
 
 VOCAB, PADDED = 60, 64
@@ -90,14 +90,10 @@ def train(model, exits: ExitConfig, batches, dynamic: bool, per_token: bool) -> 
         weights={spec.label: spec.weight for spec in specs} | {"final": 1.0},
         temperatures={spec.label: spec.temperature for spec in specs},
         dynamic=frozenset(spec.label for spec in specs) if dynamic else frozenset(),
-        num_microbatches=len(batches),
-        total_tokens=sum(batch.loss_mask.sum() for batch in batches) if per_token else None,
+        mean_tokens=sum(batch.loss_mask.sum() for batch in batches) / len(batches) if per_token else None,
     )
-    stage, records = Stage(model), []
     model.train()
-    for batch in batches:
-        activations = stage.forward(batch, None)
-        terms, gradients = stage.backward_heads(activations, batch, objective)
-        stage.backward(gradients)
-        records.append(terms.loss)
-    return records
+    return [
+        {label: loss / len(batches) for label, loss in terms.loss.items()}
+        for terms in accumulate(Stage(model), batches, objective)
+    ]

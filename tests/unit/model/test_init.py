@@ -9,12 +9,13 @@ from megatron.model.gpt import GPT
 from megatron.model.init import initialise
 from megatron.model.names import model_state
 from megatron.model.partition import partition
+from megatron.parallel.placement import views
 from megatron.testing.tiny import model_config
 
 
 def fresh(model, exits=None, seed=1, rows=64):
     exits = exits or ExitConfig()
-    gpt = GPT(model, exits, partition(model.num_layers, exit_specs(exits), 1)[0], rows)
+    gpt = GPT(model, exits, partition(model.num_layers, exit_specs(exits), 1), rows)
     initialise(gpt, seed, vocab_size=60)
     return gpt
 
@@ -41,12 +42,12 @@ def test_layernorm_1p_starts_at_zero():
 
 def test_same_values_whatever_else_is_in_the_model():
     """A tensor's values depend on seed and name alone: exits, padding and dtype of others change nothing."""
-    plain = model_state(fresh(model_config("llama")), 60)
+    plain = views(model_state(fresh(model_config("llama")), 60))
     exits = ExitConfig(exit_layer_nums=(1, 2), use_exit_block=True, untie_exit_output_weights=True)
-    richer = model_state(fresh(model_config("llama"), exits, rows=128), 60)
+    richer = views(model_state(fresh(model_config("llama"), exits, rows=128), 60))
     for name, value in plain.items():
         if not name.endswith(".padding"):
             assert torch.equal(value, richer[name]), name
-    other = model_state(fresh(model_config("llama"), seed=2), 60)
+    other = views(model_state(fresh(model_config("llama"), seed=2), 60))
     assert not torch.equal(plain["layers.0.mlp.gate.weight"], other["layers.0.mlp.gate.weight"])
     assert not torch.equal(plain["layers.0.mlp.gate.weight"], plain["layers.0.mlp.up.weight"])

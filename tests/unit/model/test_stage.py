@@ -12,9 +12,7 @@ from megatron.model.gpt import GPT
 from megatron.model.partition import partition
 from megatron.model.stage import Stage
 from megatron.parallel.rng import DropoutStream
-from megatron.schedule.execute import run
-from megatron.schedule.generate import GENERATORS
-from megatron.testing.tiny import build_gpt, model_config, random_batch
+from megatron.testing.tiny import accumulate, build_gpt, model_config, random_batch
 
 EXITS = {
     "none": ExitConfig(),
@@ -29,14 +27,13 @@ EXITS = {
 WEIGHTS = (0.3, 0.7)
 
 
-def objective(exits: ExitConfig, microbatches: int, **changes) -> Objective:
+def objective(exits: ExitConfig, **changes) -> Objective:
     specs = exit_specs(exits)
     weights = {spec.label: WEIGHTS[i] for i, spec in enumerate(specs)}
     return Objective(
         weights=weights | {FINAL: 1.0},
         temperatures={spec.label: spec.temperature for spec in specs},
         dynamic=frozenset(),
-        num_microbatches=microbatches,
         **changes,
     )
 
@@ -45,8 +42,7 @@ def staged_gradients(model: GPT, batches, goal: Objective, kind="1f1b", streams=
     model.train()
     for p in model.parameters():
         p.main_grad.zero_()
-    streams = streams or [None] * len(batches)
-    terms = run(GENERATORS[kind](1, len(batches))[0], Stage(model), batches, streams, goal)
+    terms = accumulate(Stage(model), batches, goal, streams, kind)
     return terms, {name: p.main_grad.clone() for name, p in model.named_parameters()}
 
 
@@ -56,14 +52,14 @@ def plain_gradients(model: GPT, batches, goal: Objective):
     for batch in batches:
         hidden = model.embedding(batch.tokens, batch.position_ids, None)
         context = model.context(batch.tokens.shape[1], hidden, batch.document_ids)
-        _, taps = model(hidden, context)
+        _, taps = model(hidden, context, model.stages[0])
         for label in model.head_labels():
             logits = model.features(label, taps[label], context) @ model.output_weight(label).t()
             logits = logits / goal.temperatures.get(label, 1.0)
             token_losses = F.cross_entropy(logits.permute(1, 2, 0), batch.labels, reduction="none")
             loss = (token_losses * batch.loss_mask).sum() / batch.loss_mask.sum() / len(batches)
             losses[label] = losses.get(label, 0) + loss.detach()
-            total = total + goal.weights[label] * goal.loss_scale * loss
+            total = total + goal.weights[label] * goal.scale * loss
     names, parameters = zip(*model.named_parameters(), strict=True)
     return losses, dict(zip(names, torch.autograd.grad(total, parameters), strict=True))
 
@@ -75,11 +71,11 @@ def test_gradients_equal_autograd(family, kind):
     model = build_gpt(model_config(family), exits, dtype=torch.float64)
     batches = [random_batch(seed=i, eod_mask_loss=True, reset_position_ids=True, reset_attention_mask=True)
                for i in range(3)]  # fmt: skip
-    goal = objective(exits, 3, loss_scale=4.0)
+    goal = objective(exits, scale=4.0)
     terms, ours = staged_gradients(model, batches, goal)
     losses, theirs = plain_gradients(model, batches, goal)
     for label, loss in losses.items():
-        torch.testing.assert_close(sum(term.loss[label] for term in terms), loss, rtol=1e-12, atol=0)
+        torch.testing.assert_close(sum(term.loss[label] for term in terms) / 3, loss, rtol=1e-12, atol=0)
     for name, grad in theirs.items():
         torch.testing.assert_close(ours[name], grad, rtol=1e-9, atol=1e-12, msg=name)
 
@@ -90,19 +86,19 @@ def test_accumulation_of_8_microbatches_equals_one_of_8():
     whole = random_batch(batch=8)
     parts = [type(whole)(whole.tokens[i:i + 1], whole.labels[i:i + 1], whole.loss_mask[i:i + 1], None, None)
              for i in range(8)]  # fmt: skip
-    one_terms, one = staged_gradients(model, [whole], objective(exits, 1))
-    eight_terms, eight = staged_gradients(model, parts, objective(exits, 8))
+    one_terms, one = staged_gradients(model, [whole], objective(exits))
+    eight_terms, eight = staged_gradients(model, parts, objective(exits))
     for name in one:
         torch.testing.assert_close(one[name], eight[name], rtol=1e-10, atol=1e-13)
-    torch.testing.assert_close(one_terms[0].loss[FINAL], sum(term.loss[FINAL] for term in eight_terms))
+    torch.testing.assert_close(one_terms[0].loss[FINAL], sum(term.loss[FINAL] for term in eight_terms) / 8)
 
 
 def test_schedules_agree():
     exits = EXITS["mlp"]
     model = build_gpt(model_config(), exits)
     batches = [random_batch(seed=i) for i in range(4)]
-    _, a = staged_gradients(model, batches, objective(exits, 4), "1f1b")
-    _, b = staged_gradients(model, batches, objective(exits, 4), "gpipe")
+    _, a = staged_gradients(model, batches, objective(exits), "1f1b")
+    _, b = staged_gradients(model, batches, objective(exits), "gpipe")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -120,14 +116,14 @@ def test_recompute_changes_no_bit_with_dropout(training, kind):
     model = model_config(dropout=0.2)
     exits = EXITS[kind]
     plain = build_gpt(model, exits)
-    stage = partition(model.num_layers, exit_specs(exits), 1)[0]
-    saving = GPT(model, exits, stage, 64, training)
+    stages = partition(model.num_layers, exit_specs(exits), 1)
+    saving = GPT(model, exits, stages, 64, training)
     saving.load_state_dict(plain.state_dict())
     for p in saving.parameters():
         p.main_grad = p.grad = torch.zeros_like(p)
     batches = [random_batch(seed=i) for i in range(2)]
     results = [
-        staged_gradients(m, batches, objective(exits, 2), streams=[DropoutStream(1, 0, i) for i in range(2)])
+        staged_gradients(m, batches, objective(exits), streams=[DropoutStream(1, 0, i) for i in range(2)])
         for m in (plain, saving)
     ]
     (terms_a, grads_a), (terms_b, grads_b) = results
@@ -157,17 +153,17 @@ def test_per_token_loss_weighs_tokens_alike():
     batches = [random_batch(batch=1, seed=i) for i in range(2)]
     batches = [type(b)(b.tokens, b.labels, mask, None, None) for b, mask in zip(batches, masks, strict=True)]
     terms, _ = staged_gradients(
-        model, batches, objective(ExitConfig(), 2, total_tokens=torch.tensor(16.0, dtype=torch.float64))
+        model, batches, objective(ExitConfig(), mean_tokens=torch.tensor(8.0, dtype=torch.float64))
     )
     scores = [Stage(model.eval()).evaluate(batch)[FINAL].loss for batch in batches]
-    torch.testing.assert_close(sum(term.loss[FINAL] for term in terms), sum(scores) / 16)
+    torch.testing.assert_close(sum(term.loss[FINAL] for term in terms) / 2, sum(scores) / 16)
 
 
 def test_fully_masked_microbatch_counts_zero():
     model = build_gpt(model_config())
     batch = random_batch()
     empty = type(batch)(batch.tokens, batch.labels, torch.zeros_like(batch.loss_mask), None, None)
-    terms, grads = staged_gradients(model, [empty], objective(ExitConfig(), 1))
+    terms, grads = staged_gradients(model, [empty], objective(ExitConfig()))
     assert float(terms[0].loss[FINAL]) == 0
     assert all(not grad.any() for grad in grads.values())
 
@@ -182,7 +178,7 @@ def test_evaluation_scores_every_head():
     for label, score in scores.items():
         hidden = model.embedding(batch.tokens, None, None)
         context = model.context(16, hidden)
-        _, taps = model(hidden, context)
+        _, taps = model(hidden, context, model.stages[0])
         logits = model.features(label, taps[label], context) @ model.output_weight(label).t()
         hits = (logits[..., :40].argmax(-1).t() == batch.labels) * batch.loss_mask
         assert float(score.correct) == float(hits.sum())

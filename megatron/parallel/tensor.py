@@ -1,0 +1,167 @@
+"""Tensor and sequence parallelism inside a layer: which part this rank holds, and the collectives at the borders.
+
+A layer is cut between two borders (Megatron-LM, arXiv 1909.08053; sequence parallelism: arXiv 2205.05198). Every rank
+has the whole input of the region between them and a part of its parameters; what comes out is a sum over the ranks.
+With sequence parallelism hidden states outside such regions are cut along their first dimension, the sequence.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from megatron.parallel.mesh import Mesh
+
+
+# torch 2.13 renamed them.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """The ranks that share each layer. sequence: hidden states between regions are cut along the sequence."""
+
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+    sequence: bool = False
+
+    @staticmethod
+    def of(mesh: Mesh, sequence: bool) -> "TensorParallel":
+        """This rank's place along the mesh's tp axis."""
+        size = mesh.size("tp")
+        return TensorParallel(size, mesh.rank("tp"), mesh.group("tp"), sequence and size > 1)
+
+    def share(self, whole: int) -> int:
+        """How many of `whole` rows, heads or positions each rank has; they must divide."""
+        assert whole % self.size == 0, f"{whole} does not divide by tp={self.size}"
+        return whole // self.size
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Into a region: the whole hidden state; its gradient is summed over the ranks on the way back."""
+        return x if self.size == 1 else _Enter.apply(x, self)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Out of a region: the sum over the ranks, with sequence parallelism this rank's part of it."""
+        return x if self.size == 1 else _Leave.apply(x, self)
+
+    def own_part(self, x: Tensor) -> Tensor:
+        """This rank's positions of a hidden state that all ranks have (its gradient is of that part alone)."""
+        return x.chunk(self.size, dim=0)[self.rank] if self.sequence else x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Whole hidden states of those cut along the sequence; without autograd."""
+        return _gather(x, self) if self.sequence else x
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """The sum over ranks of what lies inside a region (this rank's part of it); without autograd, may write x."""
+        if self.size == 1:
+            return x
+        return _finish(*_start_reduce(x, self))
+
+
+ALONE = TensorParallel()
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the tp ranks share a parameter.
+
+    dim: along which each holds its part (None: each holds the whole). partial: each sees but a part of the whole
+    parameter's uses, so that gradients are to be summed over tp.
+    """
+
+    dim: int | None = None
+    partial: bool = False
+
+
+def splits(model: nn.Module) -> dict[str, Split]:
+    """Name -> split, for all parameters. A module says it in `split`, a dict by its own parameters' names."""
+    return {
+        f"{prefix}.{name}".lstrip("."): getattr(module, "split", {}).get(name, Split())
+        for prefix, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
+    """`enter`, then x W^T + b with this rank's rows of W; the gradients' collectives overlap with computing them."""
+    return F.linear(x, weight, bias) if tp.size == 1 else _ColumnLinear.apply(x, weight, bias, tp)
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return _gather(x, tp) if tp.sequence else x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _finish(*_start_reduce(grad.clone(), ctx.tp)), None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return _finish(*_start_reduce(x.clone(), tp))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return (_gather(grad, ctx.tp) if ctx.tp.sequence else grad), None
+
+
+class _ColumnLinear(torch.autograd.Function):
+    """With sequence parallelism the input is kept cut, and gathered once more for the weight's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.tp, ctx.has_bias = tp, bias is not None
+        return F.linear(_gather(x, tp) if tp.sequence else x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        (x, weight), tp = ctx.saved_tensors, ctx.tp
+        for_x, for_weight, for_bias, _ = ctx.needs_input_grad
+        whole, gathering = _start_gather(x, tp) if tp.sequence and for_weight else (x, None)
+        reducing = _start_reduce(grad @ weight, tp) if for_x else None
+        if gathering is not None:
+            gathering.wait()
+        rows = grad.flatten(0, -2)
+        weight_grad = rows.t() @ whole.flatten(0, -2) if for_weight else None
+        bias_grad = rows.sum(0) if ctx.has_bias and for_bias else None
+        return (_finish(*reducing) if reducing else None), weight_grad, bias_grad, None
+
+
+def _gather(x: Tensor, tp: TensorParallel) -> Tensor:
+    whole, work = _start_gather(x, tp)
+    work.wait()
+    return whole
+
+
+def _start_gather(x: Tensor, tp: TensorParallel) -> tuple[Tensor, dist.Work]:
+    whole = x.new_empty(x.shape[0] * tp.size, *x.shape[1:])
+    return whole, _all_gather(whole, x.contiguous(), group=tp.group, async_op=True)
+
+
+def _start_reduce(x: Tensor, tp: TensorParallel) -> tuple[Tensor, dist.Work]:
+    """Begin to sum x over the ranks, in place or into this rank's part of the sequence."""
+    x = x.contiguous()
+    if not tp.sequence:
+        return x, dist.all_reduce(x, group=tp.group, async_op=True)
+    part = x.new_empty(x.shape[0] // tp.size, *x.shape[1:])
+    return part, _reduce_scatter(part, x, group=tp.group, async_op=True)
+
+
+def _finish(result: Tensor, work: dist.Work) -> Tensor:
+    work.wait()
+    return result

@@ -1,0 +1,94 @@
+"""One optimizer step of a toy model in any layout, and the same in one process: for tests that compare them."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from megatron.config.load import load
+from megatron.config.run import RunConfig
+from megatron.model.init import initialise
+from megatron.model.names import named_parts
+from megatron.parallel.mesh import Mesh
+from megatron.testing.tiny import random_batch
+from megatron.train.build import build_trainer
+from megatron.train.step import train_step
+from megatron.train.trainer import Trainer
+
+VOCAB = 60
+
+Whole = dict[str, torch.Tensor]
+
+
+def toy_config(*flags: str) -> RunConfig:
+    """A toy run of four layers; `flags` come last and win."""
+    return load([
+        *"--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --init-method-std 0.1".split(),
+        *f"--tokenizer-type NullTokenizer --vocab-size {VOCAB} --padded-vocab-size 64 --data-path none".split(),
+        *"--attention-dropout 0 --hidden-dropout 0 --micro-batch-size 1 --global-batch-size 8".split(),
+        *"--train-iters 10 --lr 1e-2 --clip-grad 1.0".split(),
+        *flags,
+    ]).config  # fmt: skip
+
+
+def build(mesh: Mesh, config: RunConfig, dtype: torch.dtype) -> Trainer:
+    """A trainer whose initial values are those of every other layout; norms and biases are perturbed, too."""
+    parallel = replace(
+        config.parallel,
+        tensor_model_parallel_size=mesh.size("tp"),
+        pipeline_model_parallel_size=mesh.size("pp"),
+    )
+    trainer = build_trainer(replace(config, parallel=parallel), mesh.backend, dtype=dtype)
+    initialise(trainer.model, config.training.seed, trainer.vocab_size)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            for part, placed in named_parts(name, parameter.detach(), trainer.model, trainer.vocab_size):
+                if parameter.dim() == 1:
+                    noise = torch.Generator().manual_seed(sum(part.encode()))
+                    placed.view.add_(placed.of(0.1 * torch.randn(placed.shape, generator=noise, dtype=dtype)))
+    trainer.optimizer.reset_masters()
+    return trainer
+
+
+def one_step(mesh: Mesh, config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Losses, gradient norm and this rank's gradients (before clipping), as parts of the whole model's.
+
+    The batch of eight sequences is the same in every layout; each data-parallel rank takes its share.
+    """
+    torch.set_default_dtype(dtype)
+    trainer = build(mesh, config, dtype)
+    dp = mesh.size("dp")
+    batches = [random_batch(1, 16, VOCAB, seed=m * dp + mesh.rank("dp"), eod_mask_loss=False) for m in range(8 // dp)]
+    gradients: dict[str, Any] = {}
+    inner = trainer.optimizer.sync.total_norm
+
+    def note() -> float:
+        for name, parameter in trainer.optimizer.parameters.items():
+            for part, placed in named_parts(name, parameter.main_grad, trainer.model, trainer.vocab_size):
+                gradients[part] = (placed.view.clone(), placed.shape, placed.offset)
+        return inner()
+
+    trainer.optimizer.sync.total_norm = note
+    report = train_step(trainer, batches)
+    assert report.applied, report.problem
+    torch.set_default_dtype(torch.float32)
+    return {"losses": report.losses, "grad_norm": report.grad_norm, "gradients": gradients}
+
+
+def assemble(answers: list[dict[str, Any]]) -> Whole:
+    """The whole model's gradients out of all ranks'; copies must agree with each other."""
+    whole: Whole = {}
+    filled: dict[str, torch.Tensor] = {}
+    for answer in answers:
+        for name, (view, shape, offset) in answer["gradients"].items():
+            target = whole.setdefault(name, torch.zeros(shape, dtype=view.dtype))
+            seen = filled.setdefault(name, torch.zeros(shape, dtype=torch.bool))
+            for dim, (start, length) in enumerate(zip(offset, view.shape, strict=True)):
+                target, seen = target.narrow(dim, start, length), seen.narrow(dim, start, length)
+            if bool(seen.any()):
+                torch.testing.assert_close(target, view, rtol=1e-6, atol=1e-12, msg=f"copies of {name} differ")
+            target.copy_(view)
+            seen.fill_(True)
+    for name, seen in filled.items():
+        assert bool(seen.all()), f"no rank has all of {name}"
+    return whole

@@ -1,0 +1,58 @@
+"""Losses and every gradient of one step are those of one process, in every layout (rows R3 and issue's equality)."""
+
+import pytest
+import torch
+
+from megatron.parallel.mesh import ONE_RANK
+from megatron.testing.layouts import assemble, one_step, toy_config
+from megatron.testing.ranks import Ranks
+
+GPT = ""
+LLAMA = (
+    "--normalization RMSNorm --position-embedding-type rope --swiglu --ffn-hidden-size 48 --disable-bias-linear "
+    "--untie-embeddings-and-output-weights --group-query-attention --num-query-groups 4"
+)
+MODELS = {
+    "no_exits": GPT,
+    "tied": f"{GPT} --exit-layer-nums 1 3 --exit-layer-weight 0.25 0.5",
+    "tied_norm": f"{GPT} --exit-layer-nums 2 4 --exit-layer-weight 0.25 0.5 --use-exit-norm",
+    "final_norm": f"{GPT} --exit-layer-nums 1 3 --exit-layer-weight 0.25 0.5 --exit-norm final",
+    "llama": f"{LLAMA} --exit-layer-nums 1 3 --exit-layer-weight 0.25 0.5 --untie-exit-output-weights",
+    "llama_pre": f"{LLAMA} --exit-layer-nums 1 3 --exit-layer-weight 0.3 0.7 --pre-exit --qk-layernorm",
+    "mlp": f"{LLAMA} --exit-layer-nums 2 3 --exit-layer-weight 0.3 0.7 --use-exit-mlp --use-exit-norm",
+    "block": f"{GPT} --exit-layer-nums 2 4 --exit-layer-weight 0.3 0.7 --use-exit-block --untie-exit-output-weights",
+    "per_token": f"{GPT} --exit-layer-nums 1 3 --exit-layer-weight 0.3 0.7 --calculate-per-token-loss",
+    "dynamic": f"{GPT} --exit-layer-nums 1 3 --exit-layer-weight 0.3 0.7 --use-dynamic-exit-layer-weight",
+}
+LAYOUTS = {
+    "tp2": {"tp": 2}, "tp4": {"tp": 4}, "pp2": {"pp": 2}, "pp4": {"pp": 4}, "dp2": {"dp": 2}, "dp4": {"dp": 4},
+    "tp2pp2": {"tp": 2, "pp": 2}, "tp2dp2": {"tp": 2, "dp": 2}, "pp2dp2": {"pp": 2, "dp": 2},
+    "tp2pp2dp2": {"tp": 2, "pp": 2, "dp": 2},
+}  # fmt: skip
+
+
+def compare(ranks: Ranks, flags: str, layout: dict[str, int], dtype: torch.dtype = torch.float64) -> None:
+    config = toy_config(*flags.split())
+    plain = toy_config(*flags.replace("--sequence-parallel", "").split())
+    alone = one_step(ONE_RANK, plain, dtype)
+    answers = ranks.run(one_step, config, dtype, **layout)
+    tolerance = 1e-10 if dtype is torch.float64 else 1e-5
+    for answer in answers:
+        assert answer["losses"] == pytest.approx(alone["losses"], rel=tolerance)
+        assert answer["grad_norm"] == pytest.approx(alone["grad_norm"], rel=tolerance)
+    expected, found = assemble([alone]), assemble(answers)
+    assert expected.keys() == found.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_step_is_that_of_one_process(ranks: Ranks, model: str, layout: str) -> None:
+    compare(ranks, MODELS[model], LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp4", "tp2pp2", "tp2pp2dp2"])
+@pytest.mark.parametrize("model", MODELS)
+def test_with_sequence_parallelism(ranks: Ranks, model: str, layout: str) -> None:
+    compare(ranks, f"{MODELS[model]} --sequence-parallel", LAYOUTS[layout])
