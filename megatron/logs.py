@@ -25,12 +25,15 @@ class _Stdout(logging.StreamHandler):
         return sys.stdout
 
 
-def setup_logging(level: int = logging.INFO) -> None:
-    """Send the package's log records to standard output as plain lines; calling again is harmless."""
+def setup_logging(level: int = logging.INFO, rank: int = 0) -> None:
+    """Send the package's log records to standard output as plain lines; calling again is harmless.
+
+    The first rank says everything, the others, with their number, what is at least a warning.
+    """
     logger = logging.getLogger(_ROOT)
-    logger.setLevel(level)
+    logger.setLevel(logging.WARNING if rank else level)
     logger.propagate = False
     if not logger.handlers:
         handler = _Stdout()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(logging.Formatter(f"[rank {rank}] %(message)s" if rank else "%(message)s"))
         logger.addHandler(handler)

@@ -7,15 +7,18 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-from megatron.errors import EELLMError
+from megatron.errors import ConfigError, EELLMError
 
 
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, as an exception: what has been begun is cleaned up like after Ctrl-C."""
 
 
-def run_guarded(body: Callable[[], None], interrupted: str = "interrupted") -> int:
-    """Run a command's body; returns the process's exit code. `interrupted` is said after Ctrl-C or SIGTERM."""
+def run_guarded(body: Callable[[], None], interrupted: str = "interrupted", rank: int = 0) -> int:
+    """Run a command's body; returns the process's exit code. `interrupted` is said after Ctrl-C or SIGTERM.
+
+    rank: of several processes, which this is. What is wrong with flags is wrong for all, and the first one says it.
+    """
     in_charge = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminate) if in_charge else None
     if hasattr(sys.stdout, "reconfigure"):  # text that the terminal's encoding lacks is no reason to end
@@ -24,7 +27,8 @@ def run_guarded(body: Callable[[], None], interrupted: str = "interrupted") -> i
         body()
         sys.stdout.flush()
     except EELLMError as error:
-        sys.stderr.write(f"error: {error}\n")
+        if rank == 0 or not isinstance(error, ConfigError):
+            sys.stderr.write(f"error: {f'[rank {rank}] ' if rank else ''}{error}\n")
         return error.exit_code
     except KeyboardInterrupt as stop:
         sys.stderr.write(f"{interrupted}\n")

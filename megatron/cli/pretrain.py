@@ -11,11 +11,13 @@ from megatron.config.flags import read_argv
 from megatron.config.load import check_training, load, merge_checkpoint_args
 from megatron.config.run import RunConfig
 from megatron.logs import get_logger, setup_logging
+from megatron.parallel.mesh import launched_rank
 from megatron.train import checkpoints
-from megatron.train.build import build_trainer
+from megatron.train.build import build_trainer, count_parameters
 from megatron.train.loop import train
 from megatron.train.signals import StopSignal
 from megatron.train.status import reported
+from megatron.train.trainer import Trainer
 
 log = get_logger(__name__)
 ENTRY = "pretrain_early_exit_gpt.py"
@@ -23,15 +25,23 @@ ENTRY = "pretrain_early_exit_gpt.py"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train (or with --skip-train evaluate) as the flags say; returns the process's exit code."""
-    setup_logging()
-    return run_guarded(lambda: _pretrain(sys.argv[1:] if argv is None else list(argv)))
+    rank = launched_rank()
+    setup_logging(rank=rank)
+    return run_guarded(lambda: _pretrain(sys.argv[1:] if argv is None else list(argv)), rank=rank)
 
 
 def _pretrain(argv: list[str]) -> None:
     config, found = resolve_config(argv)
     trainer = build_trainer(config)
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    log.info("model: %s parameters on %s (%s)", f"{parameters:,}", trainer.mesh.backend.name(), trainer.mesh.describe())
+    try:
+        _train(trainer, found)
+    finally:
+        trainer.mesh.close()
+
+
+def _train(trainer: Trainer, found: Found | None) -> None:
+    log.info("model: %s parameters on %s (%s)", f"{count_parameters(trainer):,}", trainer.mesh.backend.name(),
+             trainer.mesh.describe())  # fmt: skip
     checkpoints.start(trainer, found)
     with StopSignal(), reported(trainer) as status:  # a signal that comes as the run ends changes nothing any more
         status.reason = train(trainer, status.started)

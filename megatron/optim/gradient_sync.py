@@ -1,7 +1,7 @@
 """Makes each rank's accumulated gradients those of the whole step, and counts every parameter once in their norm.
 
-In this order: sums over tp of what each rank saw but a part of the uses of; sums over the stages that hold copies of one
-parameter; sums over data-parallel ranks (the mean is taken where losses are weighed).
+In this order: sums over tp of what each rank saw but a part of the uses of; sums over the stages that hold copies of
+one parameter; sums over data-parallel ranks (the mean is taken where losses are weighed).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,18 +29,22 @@ class Shared:
     copies: Sequence[tuple[dist.ProcessGroup, tuple[str, ...]]] = ()
     foreign: frozenset[str] = frozenset()
 
+    def counted(self, parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> dict[str, nn.Parameter]:
+        """Those that this rank counts, so that all ranks of a data-parallel one count each parameter once."""
+        first = mesh.rank("tp") == 0
+        return {
+            name: parameter
+            for name, parameter in parameters.items()
+            if name not in self.foreign and (first or name in self.cut)
+        }
+
 
 class GradientSync:
     """Sums of gradients over the ranks of a mesh; does nothing where there is one."""
 
     def __init__(self, mesh: Mesh, parameters: Mapping[str, nn.Parameter], shared: Shared) -> None:
         self._mesh, self._parameters, self._shared = mesh, parameters, shared
-        first = mesh.rank("tp") == 0
-        self._counted = [
-            parameter
-            for name, parameter in parameters.items()
-            if name not in shared.foreign and (first or name in shared.cut)
-        ]
+        self._counted = shared.counted(parameters, mesh)
 
     def reduce(self) -> None:
         """Sum all gradients, in place. Every rank must call this."""
@@ -52,12 +56,25 @@ class GradientSync:
 
     def total_norm(self) -> float:
         """L2 norm of the gradients of the whole model, each parameter counted once. Every rank must call this."""
-        grads = [parameter.main_grad for parameter in self._counted]
+        return self.norm_of([parameter.main_grad for parameter in self._counted.values()])
+
+    def parameter_norm(self, masters: Mapping[str, Tensor]) -> float:
+        """L2 norm of the whole model's parameters. Every rank must call this."""
+        return self.norm_of([masters[name] for name in self._counted])
+
+    def norm_of(self, tensors: list[Tensor]) -> float:
+        """L2 norm of what all ranks hold of something that data-parallel ranks have copies of."""
+        norm = torch.nn.utils.get_total_norm(tensors, 2.0) if tensors else torch.zeros(())
         if self._mesh.world_size == 1:
-            return float(torch.nn.utils.get_total_norm(grads, 2.0))
-        norm = torch.nn.utils.get_total_norm(grads, 2.0) if grads else torch.zeros(())
+            return float(norm)
         square = norm.double().square().to(self._mesh.backend.device)
         return float((self._mesh.sum(square) / self._mesh.size("dp")).sqrt())
+
+    def count_zeros(self) -> int:
+        """How many of the whole model's gradients are exactly zero. Every rank must call this."""
+        device = self._mesh.backend.device
+        zeros = sum(((p.main_grad == 0).sum() for p in self._counted.values()), torch.zeros((), device=device))
+        return int(self._mesh.sum(zeros.double())) // self._mesh.size("dp")
 
     def _grads(self, names: Iterable[str]) -> list[Tensor]:
         return [self._parameters[name].main_grad for name in names]

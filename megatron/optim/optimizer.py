@@ -97,11 +97,11 @@ class TrainingOptimizer:
 
     def num_zero_grads(self) -> int:
         """How many gradient entries are exactly zero."""
-        return sum(int((p.main_grad == 0).sum()) for p in self.parameters.values())
+        return self.sync.count_zeros()
 
     def parameter_norm(self) -> float:
         """Global L2 norm of the trained parameters."""
-        return float(torch.nn.utils.get_total_norm(list(self.masters.values()), 2.0))
+        return self.sync.parameter_norm(self.masters)
 
     def _refresh_parameters(self) -> None:
         """Round the masters into the 16-bit parameters."""

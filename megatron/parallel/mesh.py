@@ -5,9 +5,10 @@ process groups; everyone else is handed a `Mesh` and asks it.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from megatron.errors import ConfigError
 from megatron.parallel.backend import Backend
 
 AXES = ("pp", "dp", "tp")  # slowest first
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,14 @@ class Mesh:
             dist.broadcast(values, self.peer(axis, source), group=self.group(axis))
         return values
 
+    def wait_for_main(self, work: Callable[[], T]) -> T:
+        """`work` done by the main rank first, then by the others: for what the first leaves on disk for the rest."""
+        if self.world_size == 1:
+            return work()
+        done = work() if self.is_main else None
+        dist.barrier()
+        return done if self.is_main else work()
+
     def close(self) -> None:
         """Leave the process groups; the mesh is of no use afterwards."""
         if self.world_size > 1 and dist.is_initialized():
@@ -123,8 +134,13 @@ class Mesh:
 ONE_RANK = Mesh(Backend(torch.device("cpu"), "gloo"))
 
 
+def launched_rank() -> int:
+    """This process's number among those that torchrun launched; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def mesh_sizes(config: ParallelConfig, world: int) -> tuple[int, int, int]:
-    """(pp, dp, tp) for `world` ranks: what tp and pp leave is data-parallel. Raises ConfigError where they don't fit."""
+    """(pp, dp, tp) for `world` ranks; dp is what tp and pp leave. Raises ConfigError where they don't fit."""
     tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
     if world % (tp * pp):
         raise ConfigError(

@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 
 from megatron.parallel.mesh import Mesh
 
-
 # torch 2.13 renamed them.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)

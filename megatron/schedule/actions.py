@@ -40,6 +40,7 @@ COMPUTES = frozenset({Op.FORWARD, Op.HEADS, Op.BACKWARD, Op.INPUT, Op.WEIGHT, Op
 BACKWARDS = frozenset({Op.BACKWARD, Op.INPUT})  # what makes the gradient for the stage below
 SENDS = {Op.SEND_F: (Op.RECV_F, 1), Op.SEND_B: (Op.RECV_B, -1)}  # its receive, and how many stages up that is
 RECEIVES = {Op.RECV_F: (Op.SEND_F, -1), Op.RECV_B: (Op.SEND_B, 1)}
+_OTHER_END = {**SENDS, **RECEIVES}
 
 # Longest names first: a pattern takes the first that fits.
 _WORD = re.compile(rf"(\d+)({'|'.join(sorted((op.value for op in Op), key=len, reverse=True))})(\d+)")
@@ -67,7 +68,7 @@ class Action(NamedTuple):
 
 def other_end(message: Action) -> Action:
     """The receive that takes a send, the send that a receive waits for."""
-    op, step = (SENDS | RECEIVES)[message.op]
+    op, step = _OTHER_END[message.op]
     return Action(message.stage + step, op, message.microbatch)
 
 

@@ -34,11 +34,7 @@ def check(schedule: Schedule, pipeline: Pipeline | int) -> None:
     """
     if isinstance(pipeline, int):
         pipeline = Pipeline(len(schedule), pipeline, frozenset(range(len(schedule))))
-    places = _find_places(schedule, pipeline)
-    flow = Flow.of(schedule)
-    for microbatch in range(pipeline.num_microbatches):
-        _check_path(schedule, pipeline, flow, places, microbatch)
-    _check_order(flow, places)
+    _check_computes(schedule, pipeline, Flow.of(schedule))
 
 
 def validate(
@@ -53,8 +49,8 @@ def validate(
     buckets, head_buckets: how many gradient buckets a stage reduces, as for `communicate.add_reductions`.
     max_in_flight: most microbatches whose activations a rank may hold at a time, for all ranks or for each.
     """
-    check(schedule, pipeline)
-    places, flow = _find_places(schedule, pipeline), Flow.of(schedule)
+    flow = Flow.of(schedule)
+    places = _check_computes(schedule, pipeline, flow)
     _check_messages(schedule, flow, places)
     _check_queues(schedule)
     _check_reductions(schedule, places, buckets, head_buckets)
@@ -148,6 +144,15 @@ def most_in_flight(schedule: Schedule) -> list[int]:
     return most
 
 
+def _check_computes(schedule: Schedule, pipeline: Pipeline, flow: Flow) -> Places:
+    """Complete and in order on each rank; returns where each action stands."""
+    places = _find_places(schedule, pipeline)
+    for microbatch in range(pipeline.num_microbatches):
+        _check_path(schedule, pipeline, flow, places, microbatch)
+    _check_order(flow, places)
+    return places
+
+
 def _find_places(schedule: Schedule, pipeline: Pipeline) -> Places:
     """Where each action stands; every action belongs there, and none stands twice."""
     if schedule.num_ranks != pipeline.num_ranks:
@@ -155,17 +160,24 @@ def _find_places(schedule: Schedule, pipeline: Pipeline) -> Places:
     places: Places = {}
     for rank, actions in enumerate(schedule):
         for position, action in enumerate(actions):
-            here = f"rank {rank}, position {position}: {action}"
-            if action.stage >= pipeline.active_stages:
-                raise ScheduleError(f"{here} is beyond the last stage that runs, {pipeline.active_stages - 1}")
-            if action.stage % pipeline.num_ranks != rank:
-                raise ScheduleError(f"{here} belongs to rank {action.stage % pipeline.num_ranks}, which has that stage")
-            if action.op is not Op.REDUCE and action.microbatch >= pipeline.num_microbatches:
-                raise ScheduleError(f"{here} is beyond the step's {pipeline.num_microbatches} microbatches")
+            problem = _misplaced(action, rank, pipeline)
             if action in places:
-                raise ScheduleError(f"{here} occurs more than once: it is at position {places[action][1]} already")
+                problem = f"occurs more than once: it is at position {places[action][1]} already"
+            if problem:
+                raise ScheduleError(f"rank {rank}, position {position}: {action} {problem}")
             places[action] = (rank, position)
     return places
+
+
+def _misplaced(action: Action, rank: int, pipeline: Pipeline) -> str | None:
+    """Why `action` cannot be on `rank` at all."""
+    if action.stage >= pipeline.active_stages:
+        return f"is beyond the last stage that runs, {pipeline.active_stages - 1}"
+    if action.stage % pipeline.num_ranks != rank:
+        return f"belongs to rank {action.stage % pipeline.num_ranks}, which has that stage"
+    if action.op is not Op.REDUCE and action.microbatch >= pipeline.num_microbatches:
+        return f"is beyond the step's {pipeline.num_microbatches} microbatches"
+    return None
 
 
 def _check_path(schedule: Schedule, pipeline: Pipeline, flow: Flow, places: Places, microbatch: int) -> None:
@@ -306,8 +318,8 @@ def _check_reductions(
             raise ScheduleError(f"rank {rank}: action {action} is missing")
         for later in schedule[rank][places[action][1] :]:
             if later.stage == action.stage and adds_gradients(later, of_heads):
-                raise ScheduleError(f"rank {rank}, position {places[action][1]}: {action} stands before {later}, which "
-                                    f"adds to the bucket: move it behind")  # fmt: skip
+                here = f"rank {rank}, position {places[action][1]}: {action}"
+                raise ScheduleError(f"{here} stands before {later}, which adds to the bucket: move it behind")
 
 
 def adds_gradients(action: Action, heads_only: bool) -> bool:
@@ -320,5 +332,6 @@ def _check_memory(schedule: Schedule, pipeline: Pipeline, limit: int | Sequence[
     for rank, (most, allowed) in enumerate(zip(most_in_flight(schedule), limits, strict=True)):
         if most > allowed:
             raise ScheduleError(
-                f"rank {rank} holds the activations of {most} microbatches at a time, allowed {allowed}"
+                f"rank {rank} holds the activations of {most} microbatches at a time, allowed are {allowed}: "
+                f"run fewer forwards ahead of their backwards"
             )

@@ -22,13 +22,13 @@ Whole = dict[str, torch.Tensor]
 
 def toy_config(*flags: str) -> RunConfig:
     """A toy run of four layers; `flags` come last and win."""
-    return load([
-        *"--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --init-method-std 0.1".split(),
-        *f"--tokenizer-type NullTokenizer --vocab-size {VOCAB} --padded-vocab-size 64 --data-path none".split(),
-        *"--attention-dropout 0 --hidden-dropout 0 --micro-batch-size 1 --global-batch-size 8".split(),
-        *"--train-iters 10 --lr 1e-2 --clip-grad 1.0".split(),
-        *flags,
-    ]).config  # fmt: skip
+    words = (
+        "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --init-method-std 0.1 "
+        f"--tokenizer-type NullTokenizer --vocab-size {VOCAB} --padded-vocab-size 64 --data-path none "
+        "--attention-dropout 0 --hidden-dropout 0 --micro-batch-size 1 --global-batch-size 8 "
+        "--train-iters 10 --lr 1e-2 --clip-grad 1.0"
+    )
+    return load([*words.split(), *flags]).config
 
 
 def build(mesh: Mesh, config: RunConfig, dtype: torch.dtype) -> Trainer:

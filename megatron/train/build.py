@@ -43,6 +43,9 @@ def build_trainer(config: RunConfig, backend: Backend | None = None, dtype: torc
         ) from error
     if config.training.torch_compile:
         compile_layers(model)
+    shared, optimizer = find_shared(config, model, mesh), None
+    if not config.training.skip_train:
+        optimizer = TrainingOptimizer(model.named_parameters(), config.optimizer, mesh, shared)
     return Trainer(
         config=config,
         mesh=mesh,
@@ -52,7 +55,8 @@ def build_trainer(config: RunConfig, backend: Backend | None = None, dtype: torc
         partition=partition(config.model.num_layers, exit_specs(config.exits), mesh.size("pp")),
         stages={spec.index: Stage(model, tokenizer.vocab_size, spec) for spec in model.stages},
         link=PipelineLink.build(mesh) if mesh.size("pp") > 1 else None,
-        optimizer=None if config.training.skip_train else build_optimizer(config, model, mesh),
+        shared=shared,
+        optimizer=optimizer,
         scaler=build_scaler(config),
         lr=build_lr(config, mesh.size("dp")),
         weight_decay=build_weight_decay(config, mesh.size("dp")),
@@ -60,8 +64,8 @@ def build_trainer(config: RunConfig, backend: Backend | None = None, dtype: torc
     )
 
 
-def build_optimizer(config: RunConfig, model: GPT, mesh: Mesh) -> TrainingOptimizer:
-    """The optimizer, told which parameters the ranks of the mesh have in common. Every rank must call this."""
+def find_shared(config: RunConfig, model: GPT, mesh: Mesh) -> Shared:
+    """Which parameters the ranks of the mesh have in common. Every rank must call this."""
     split, ranks = splits(model), mesh.size("pp")
     who = replicas(config.model, config.exits, ranks, ranks)
     copies, foreign = [], set()
@@ -72,13 +76,19 @@ def build_optimizer(config: RunConfig, model: GPT, mesh: Mesh) -> TrainingOptimi
             copies.append((group, names))
         if holders[0] != mesh.rank("pp"):
             foreign |= set(names)
-    shared = Shared(
+    return Shared(
         partial=frozenset(name for name, one in split.items() if one.partial),
         cut=frozenset(name for name, one in split.items() if one.dim is not None),
         copies=copies,
         foreign=frozenset(foreign),
     )
-    return TrainingOptimizer(model.named_parameters(), config.optimizer, mesh, shared)
+
+
+def count_parameters(trainer: Trainer) -> int:
+    """Parameters of the whole model, each counted once. Every rank must call this."""
+    mine = trainer.shared.counted(dict(trainer.model.named_parameters()), trainer.mesh)
+    total = torch.tensor(sum(p.numel() for p in mine.values()), device=trainer.mesh.backend.device)
+    return int(trainer.mesh.sum(total)) // trainer.mesh.size("dp")
 
 
 def compile_layers(model: GPT) -> None:

@@ -33,7 +33,7 @@ class Console:
             total=last_iteration,
             initial=trainer.progress.iteration,
             unit="it",
-            disable=not sys.stderr.isatty(),
+            disable=not (trainer.mesh.is_main and sys.stderr.isatty()),
             dynamic_ncols=True,
             file=sys.stderr,
         )
@@ -59,7 +59,8 @@ class Console:
         self._seconds_per_step = seconds
         rate = self._tokens / self._busy
         flops = rate * self._flops_per_token
-        utilisation = f" (MFU {flops / self._peak_flops:.1%})" if self._peak_flops else ""
+        peak = self._peak_flops and self._peak_flops * self._trainer.mesh.world_size
+        utilisation = f" (MFU {flops / peak:.1%})" if peak else ""
         parts = [
             f"iteration {progress.iteration:8d}/{self._last:8d}",
             f"consumed samples: {progress.consumed_samples:12d}",

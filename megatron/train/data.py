@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 from megatron.data.build import Dataset, build_datasets
@@ -35,7 +36,9 @@ def make_datasets(trainer: Trainer) -> Datasets:
         eval_interval=training.eval_interval,
         eval_iters=training.eval_iters,
     )
-    return Datasets(*build_datasets(data, counts, trainer.config.model.seq_length, training.seed, trainer.vocab_size))
+    length, seed = trainer.config.model.seq_length, training.seed
+    build = partial(build_datasets, data, counts, length, seed, trainer.vocab_size)
+    return Datasets(*trainer.mesh.wait_for_main(build))  # the others find the main rank's index cache
 
 
 def microbatches(trainer: Trainer, dataset: Dataset, consumed_samples: int) -> Iterator[Microbatch]:

@@ -76,7 +76,7 @@ def _open(trainer: Trainer, stop: StopSignal) -> Session:
     datasets = make_datasets(trainer)
     if datasets.train is None and not config.training.skip_train:
         raise ConfigError("there is no training data: see --split, --data-path and --train-data-path")
-    if config.checkpoint.save and not config.training.skip_train:
+    if config.checkpoint.save and not config.training.skip_train and trainer.mesh.is_main:
         _check_writable(Path(config.checkpoint.save))
         _say_replaced(Path(config.checkpoint.save), iteration)
     trainer.progress.run = max(trainer.progress.run, next_run(config.logging.metrics_file))

@@ -6,6 +6,7 @@ from megatron.config.run import RunConfig
 from megatron.model.gpt import GPT
 from megatron.model.partition import StageSpec
 from megatron.model.stage import Stage
+from megatron.optim.gradient_sync import Shared
 from megatron.optim.lr import LrSchedule, WeightDecaySchedule
 from megatron.optim.optimizer import TrainingOptimizer
 from megatron.optim.scaler import LossScaler
@@ -36,7 +37,7 @@ class Trainer:
     """Everything a step needs. `vocab_size` counts true ids; the model's matrices may be padded beyond it.
 
     partition: all stages of the model; stages: this rank's by index; link: to the other pipeline ranks, if any.
-    optimizer: None where the run only evaluates.
+    shared: what of the parameters other ranks have, too. optimizer: None where the run only evaluates.
     """
 
     config: RunConfig
@@ -47,6 +48,7 @@ class Trainer:
     partition: tuple[StageSpec, ...]
     stages: dict[int, Stage]
     link: PipelineLink | None
+    shared: Shared
     optimizer: TrainingOptimizer | None
     scaler: LossScaler
     lr: LrSchedule

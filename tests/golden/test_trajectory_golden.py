@@ -15,18 +15,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RELATIVE = 1e-4
 
 
-def parallel_size(argv: list[str]) -> int:
-    sizes = [
-        int(argv[argv.index(flag) + 1])
-        for flag in ("--tensor-model-parallel-size", "--pipeline-model-parallel-size")
-        if flag in argv
-    ]
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
-
-
 def recorded_rows(case_dir: Path) -> dict[int, dict]:
     """Iteration -> what the ranks logged together: each pipeline stage logs the heads it owns."""
     rows: dict[int, dict] = {}
@@ -39,9 +27,12 @@ def recorded_rows(case_dir: Path) -> dict[int, dict]:
     return rows
 
 
-def run_training(argv: list[str], tmp_path: Path) -> list[dict]:
+def run_training(argv: list[str], processes: int, tmp_path: Path) -> list[dict]:
     metrics = tmp_path / "metrics.jsonl"
-    command = [sys.executable, str(ROOT / "pretrain_early_exit_gpt.py"), *argv, "--metrics-file", str(metrics)]
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*launcher, str(ROOT / "pretrain_early_exit_gpt.py"), *argv, "--metrics-file", str(metrics)]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
@@ -52,12 +43,10 @@ def run_training(argv: list[str], tmp_path: Path) -> list[dict]:
 
 def test_trajectory(trajectory_case: Path, golden_dir: Path, tmp_path: Path) -> None:
     case = read_case(trajectory_case)
-    if case["world_size"] != 1 or parallel_size(case["argv"]) != 1:
-        pytest.skip("recorded on several ranks; this version trains on one process")
     if "--tune-exit" in case["argv"]:
         pytest.skip("tuning exits comes with a later version")
     expected = recorded_rows(trajectory_case)
-    ours = run_training(redirect(case["argv"], golden_dir, tmp_path), tmp_path)
+    ours = run_training(redirect(case["argv"], golden_dir, tmp_path), case["world_size"], tmp_path)
     assert [line["iteration"] for line in ours] == sorted(expected)
     for line in ours:
         theirs = expected[line["iteration"]]

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.schedule.actions import Action, Op, Pipeline, Schedule, ScheduleError, from_text
+from megatron.schedule.actions import Op, Pipeline, Schedule, ScheduleError, from_text
 from megatron.schedule.check import check, most_in_flight, validate
 from megatron.schedule.communicate import add_reductions, communicate
-from megatron.schedule.generate import GENERATORS, one_f_one_b
+from megatron.schedule.generate import one_f_one_b
 from tests.unit.schedule.strategies import finishes, generated
 
 SMALL = {"most_ranks": 4, "most_microbatches": 8}
@@ -201,7 +201,7 @@ def test_memory_bound():
     schedule = communicate(one_f_one_b(pipeline))
     assert most_in_flight(schedule) == [4, 3, 2, 1]
     validate(schedule, pipeline, max_in_flight=4)
-    with pytest.raises(ScheduleError, match="rank 0 holds the activations of 4 microbatches at a time, allowed 3"):
+    with pytest.raises(ScheduleError, match="rank 0 holds the activations of 4 microbatches at a time, allowed are 3"):
         validate(schedule, pipeline, max_in_flight=3)
     with pytest.raises(ScheduleError, match="rank 3 holds"):
         validate(schedule, pipeline, max_in_flight=[4, 3, 2, 0])
