@@ -19,15 +19,19 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron import faults
 from megatron.checkpoint import commit
+from megatron.checkpoint.commit import Staged
 from megatron.checkpoint.dcp_files import Reader, Writer
 from megatron.checkpoint.find import FACTS, INDEX, NATIVE, TENSORS, TRACKER, format_of, iteration_name, iterations
 from megatron.checkpoint.manifest import Description, describe
+from megatron.checkpoint.planner import BoxLoadPlanner, BoxSavePlanner, placed
 from megatron.checkpoint.safe import brief, read_dcp_metadata
-from megatron.checkpoint.state import PADDING, Entry, RunState, check, copy_padding, entries, without
+from megatron.checkpoint.state import PADDING, Entry, RunState, check, copy_padding, without
+from megatron.checkpoint.together import ALONE, Together
 from megatron.checkpoint.typed import count, mapping, text
 from megatron.errors import CheckpointError, StorageError
 from megatron.files import read_small
 from megatron.logs import get_logger
+from megatron.parallel.placement import Placed, views
 
 _log = get_logger(__name__)
 VERSION = 1
@@ -35,38 +39,59 @@ TOKENIZER = "tokenizer"
 _LARGEST_FACTS = 64 << 20  # bytes
 
 
-def save(root: Path, iteration: int, state: RunState, tokenizer_files: Iterable[Path] = ()) -> Path:
+def save(
+    root: Path, iteration: int, state: RunState, tokenizer_files: Iterable[Path] = (), together: Together = ALONE
+) -> Path:
     """Write `state` as `<root>/iter_<iteration>`, copy the tokenizer's files into it, and point the tracker at it.
 
     An older native checkpoint of the same iteration is replaced once the new one is whole. Returns the directory.
+    `together`: the ranks that write it, each its part; all must call this, and end alike.
 
     Raises:
         CheckpointError: a directory of this name holds something else, which a save never replaces.
         StorageError: writing failed; what was there before is untouched.
     """
     final = root / iteration_name(iteration)
+    together.lead(lambda: _check_replaceable(final))
+    facts = {**state.facts, "format": NATIVE, "format_version": VERSION, "iteration": iteration}
+    parts = {name: placed(tensor) for name, tensor in state.tensors.items()}
+    with together.staged(final) as staged:
+        together.lead(lambda: _write_files(staged, facts, tokenizer_files))
+        with _dcp_errors(final, writing=True):
+            dcp.save(
+                views(parts),
+                storage_writer=Writer(staged.path / TENSORS, staged.described),
+                planner=BoxSavePlanner(parts),
+                process_group=together.group,
+                no_dist=together.group is None,
+            )
+    together.lead(lambda: _point_at(root, iteration))
+    return final
+
+
+def _check_replaceable(final: Path) -> None:
     if final.exists() and format_of(final) != NATIVE:
         raise CheckpointError(
             f"{final} exists and is no native checkpoint ({format_of(final) or 'unknown content'}): it is not "
             "replaced. Give another --save directory, or move it away"
         )
-    facts = {**state.facts, "format": NATIVE, "format_version": VERSION, "iteration": iteration}
-    with commit.staged(final) as staged:
-        facts["tokenizer_sha256"] = _copy_files(tokenizer_files, staged.path / TOKENIZER, staged.described)
-        written = json.dumps(facts, indent=1, sort_keys=True, allow_nan=False)
+
+
+def _write_files(staged: Staged, facts: dict[str, Any], tokenizer_files: Iterable[Path]) -> None:
+    """What isn't tensors: the facts, and the tokenizer's files."""
+    try:
+        hashes = _copy_files(tokenizer_files, staged.path / TOKENIZER, staged.described)
+        written = json.dumps(facts | {"tokenizer_sha256": hashes}, indent=1, sort_keys=True, allow_nan=False)
         faults.point("native.facts")
         (staged.path / FACTS).write_text(written + "\n", encoding="utf-8")
         staged.described[staged.path / FACTS] = describe(staged.path / FACTS)
-        with _dcp_errors(final, writing=True):
-            dcp.save(
-                {name: tensor.detach() for name, tensor in state.tensors.items()},
-                storage_writer=Writer(staged.path / TENSORS, staged.described),
-                planner=dcp.DefaultSavePlanner(flatten_state_dict=False),
-                no_dist=True,
-            )
+    except OSError as error:
+        raise StorageError(f"cannot write {staged.path}: {error}") from error
+
+
+def _point_at(root: Path, iteration: int) -> None:
     commit.replace_file(root / TRACKER, f"{iteration}\n")
     commit.sweep(root)
-    return final
 
 
 def prune(root: Path, keep: int, protected: Container[int] = ()) -> None:
@@ -86,13 +111,15 @@ def prune(root: Path, keep: int, protected: Container[int] = ()) -> None:
 
 def load(
     directory: Path,
-    targets: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor | Placed],
     *,
     ignore: tuple[str, ...] = (),
     convert: bool = False,
+    partial: bool = False,
 ) -> None:
-    """Fill live tensors (or views of them) in place; every tensor of the checkpoint must have its target.
+    """Fill live tensors (or views of them, or parts of whole ones) in place.
 
+    Every tensor of the checkpoint must have its target, unless `partial` says that other ranks have the others.
     `ignore` lists key prefixes of the checkpoint that are left aside, such as "optimizer/". With `convert`, model
     weights of another floating type are converted.
 
@@ -102,23 +129,27 @@ def load(
     """
     metadata = _metadata(directory)
     found = without(_index(metadata), ignore)
-    check(found, entries(targets), str(directory), convert=convert)
-    requests = {name: tensor.detach() for name, tensor in targets.items() if not name.endswith(PADDING)}
+    parts = {name: placed(tensor) for name, tensor in targets.items()}
+    wanted = {name: (part.shape, part.view.dtype) for name, part in parts.items()}
+    ours = {name: entry for name, entry in found.items() if name in wanted} if partial else found
+    check(ours, wanted, str(directory), convert=convert)
+    requests = {name: part for name, part in parts.items() if not name.endswith(PADDING)}
     padding = {
-        name: torch.empty(found[name][0], dtype=found[name][1])
-        for name in targets.keys() & found.keys()
+        name: Placed.whole(torch.empty(found[name][0], dtype=found[name][1]))
+        for name in sorted(parts.keys() & found.keys())
         if name.endswith(PADDING)
     }
     with _dcp_errors(directory, writing=False):
         dcp.load(
-            requests | padding,
+            views(requests | padding),
             storage_reader=Reader(directory / TENSORS, metadata),
-            planner=dcp.DefaultLoadPlanner(flatten_state_dict=False),
+            planner=BoxLoadPlanner(requests | padding),
             no_dist=True,
         )
-    for name, tensor in targets.items():
+    for name, part in parts.items():
         if name.endswith(PADDING):
-            copy_padding(padding.get(name), tensor)
+            rows = padding[name].view[part.offset[0] :] if name in padding else None
+            copy_padding(rows, part.view)
 
 
 def read_facts(directory: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron.errors import CheckpointError
 from megatron.logs import get_logger
+from megatron.parallel.placement import Placed
 
 PADDING = ".padding"
 MODEL = "model/"
@@ -28,9 +29,9 @@ Entry = tuple[tuple[int, ...], torch.dtype]
 
 @dataclass
 class RunState:
-    """Tensors by key, and facts: a dict that JSON can hold (iteration, config, scheduler, …)."""
+    """Tensors, or a rank's parts of them, by key; and facts: a dict that JSON can hold (iteration, config, …)."""
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor | Placed] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
 

@@ -92,6 +92,18 @@ class Mesh:
                 mine = group
         return mine
 
+    def everyone(self) -> dist.ProcessGroup | None:
+        """A new gloo group of all ranks, for what must not meet the run's own messages; None for one rank alone."""
+        return dist.new_group(backend="gloo") if self.world_size > 1 else None
+
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' values."""
+        if self.world_size == 1:
+            return value
+        found = torch.tensor(value, device=self.backend.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return int(found)
+
     def place(self) -> str:
         """This process's coordinates in words, for messages."""
         return _words(self.ranks)

@@ -209,13 +209,16 @@ def to_text(schedule: Schedule) -> str:
 
 
 def from_text(text: str) -> Schedule:
-    """Inverse of `to_text`. Raises ScheduleError naming line and word."""
+    """Inverse of `to_text`; empty words, as torch writes them for idle time, are skipped.
+
+    Raises ScheduleError naming line and word.
+    """
     ranks = []
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         actions = []
-        for place, word in enumerate(line.split(",") if line.strip() else (), start=1):
+        for place, word in enumerate(line.split(","), start=1):
             try:
-                actions.append(Action.parse(word))
+                actions += [Action.parse(word)] if word.strip() else []
             except ScheduleError as error:
                 raise ScheduleError(f"line {number}, word {place}: {error}") from None
         ranks.append(actions)

@@ -26,14 +26,11 @@ Places = dict[Action, tuple[int, int]]  # rank and position of each action
 NO_BUCKETS: Mapping[int, int] = {}
 
 
-def check(schedule: Schedule, pipeline: Pipeline | int) -> None:
+def check(schedule: Schedule, pipeline: Pipeline) -> None:
     """Raise ScheduleError unless each rank runs what `pipeline` asks for: all of it, once, and in order.
 
-    A number in place of the pipeline is that of the microbatches; every stage then has heads. Messages are not looked
-    at: `validate` does that.
+    Messages are not looked at: `validate` does that.
     """
-    if isinstance(pipeline, int):
-        pipeline = Pipeline(len(schedule), pipeline, frozenset(range(len(schedule))))
     _check_computes(schedule, pipeline, Flow.of(schedule))
 
 

@@ -5,26 +5,12 @@ Exit heads run just before the backward of their microbatch, so that one microba
 """
 
 from collections.abc import Callable, Iterable
-from functools import wraps
 
 from megatron.schedule.actions import Action, Op, Pipeline, Schedule, ScheduleError
 
 Generator = Callable[[Pipeline], Schedule]
 
 
-def _by_numbers_too(generator: Generator) -> Callable[..., Schedule]:
-    """Accept (stages, microbatches) in place of a Pipeline: every stage then has heads."""
-
-    @wraps(generator)
-    def generate(pipeline: Pipeline | int, num_microbatches: int | None = None) -> Schedule:
-        if isinstance(pipeline, int):
-            pipeline = Pipeline(pipeline, num_microbatches or 0, frozenset(range(pipeline)))
-        return generator(pipeline)
-
-    return generate
-
-
-@_by_numbers_too
 def gpipe(pipeline: Pipeline) -> Schedule:
     """GPipe: all forwards, then all backwards (arXiv 1811.06965)."""
     _needs_one_chunk(pipeline, "gpipe")
@@ -34,7 +20,6 @@ def gpipe(pipeline: Pipeline) -> Schedule:
     return Schedule.of(alternate(pipeline, stage, range(m), m) for stage in range(pipeline.num_stages))
 
 
-@_by_numbers_too
 def one_f_one_b(pipeline: Pipeline) -> Schedule:
     """1F1B: each stage warms up with as many forwards as stages follow it, then alternates (arXiv 2006.09503)."""
     _needs_one_chunk(pipeline, "1f1b")
@@ -44,7 +29,6 @@ def one_f_one_b(pipeline: Pipeline) -> Schedule:
     return Schedule.of(alternate(pipeline, stage, range(m), p - 1 - stage) for stage in range(p))
 
 
-@_by_numbers_too
 def interleaved(pipeline: Pipeline) -> Schedule:
     """Interleaved 1F1B (arXiv 2104.04473): several stages a rank; microbatches take turns in groups of p.
 
@@ -58,7 +42,6 @@ def interleaved(pipeline: Pipeline) -> Schedule:
     return Schedule.of(_interleave(pipeline, rank) for rank in range(pipeline.num_ranks))
 
 
-@_by_numbers_too
 def zero_bubble_h1(pipeline: Pipeline) -> Schedule:
     """ZB-H1 (arXiv 2401.10241): backward split in two, weight gradients fill the bubble; memory as 1F1B's stage 0.
 
@@ -71,7 +54,7 @@ def zero_bubble_h1(pipeline: Pipeline) -> Schedule:
     return Schedule.of(_split(pipeline, stage) for stage in range(pipeline.num_stages))
 
 
-GENERATORS: dict[str, Callable[..., Schedule]] = {
+GENERATORS: dict[str, Generator] = {
     "1f1b": one_f_one_b,
     "gpipe": gpipe,
     "interleaved": interleaved,

@@ -2,6 +2,7 @@
 
 import torch
 
+from megatron.checkpoint.together import Together
 from megatron.config.run import RunConfig
 from megatron.errors import ConfigError
 from megatron.exits.spec import exit_specs
@@ -56,6 +57,7 @@ def build_trainer(config: RunConfig, backend: Backend | None = None, dtype: torc
         stages={spec.index: Stage(model, tokenizer.vocab_size, spec) for spec in model.stages},
         link=PipelineLink.build(mesh) if mesh.size("pp") > 1 else None,
         shared=shared,
+        together=Together(mesh.everyone(), mesh.is_main, mesh.world_size),
         optimizer=optimizer,
         scaler=build_scaler(config),
         lr=build_lr(config, mesh.size("dp")),

@@ -13,6 +13,7 @@ from megatron.checkpoint.find import NATIVE, Found, recognise_if_any
 from megatron.checkpoint.run_facts import read_run_facts
 from megatron.checkpoint.snapshot import Snapshot
 from megatron.checkpoint.state import MODEL, OPTIMIZER, PADDING, RunState, copy_into
+from megatron.checkpoint.together import ALONE, Together
 from megatron.config.load import from_checkpoint, save_config, to_dict
 from megatron.config.run import RunConfig
 from megatron.errors import CheckpointError, ConfigError
@@ -85,9 +86,9 @@ def facts(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def tensors_to_save(trainer: Trainer) -> dict[str, Tensor]:
-    """Checkpoint key -> live view, for what --save writes."""
-    return views(state_tensors(trainer, optimizer=trainer.config.checkpoint.save_optim))
+def tensors_to_save(trainer: Trainer) -> dict[str, Placed]:
+    """Checkpoint key -> live view and its place, for what --save writes."""
+    return state_tensors(trainer, optimizer=trainer.config.checkpoint.save_optim)
 
 
 def capture(trainer: Trainer, snapshot: Snapshot | None = None) -> RunState:
@@ -96,20 +97,20 @@ def capture(trainer: Trainer, snapshot: Snapshot | None = None) -> RunState:
     return RunState(snapshot.take(tensors) if snapshot else tensors, facts(trainer))
 
 
-def write(config: RunConfig, state: RunState, tokenizer_files: Iterable[Path]) -> Path:
-    """Write a native checkpoint under --save; returns its directory.
+def write(config: RunConfig, state: RunState, tokenizer_files: Iterable[Path], together: Together = ALONE) -> Path:
+    """Write a native checkpoint under --save, with the other ranks that hold parts of it; returns its directory.
 
     The config lies in the checkpoint and, for `--config`, as `config.yaml` beside it.
     """
     root = Path(config.checkpoint.save)
-    directory = native.save(root, state.facts["iteration"], state, tokenizer_files)
-    save_config(root / "config.yaml", config)
+    directory = native.save(root, state.facts["iteration"], state, tokenizer_files, together)
+    together.lead(lambda: save_config(root / "config.yaml", config))
     return directory
 
 
 def save(trainer: Trainer) -> Path:
     """Write a checkpoint of the run's present state under --save; returns its directory."""
-    return write(trainer.config, capture(trainer), trainer.tokenizer.files())
+    return write(trainer.config, capture(trainer), trainer.tokenizer.files(), trainer.together)
 
 
 def start(trainer: Trainer, found: Found | None = None) -> None:
@@ -117,7 +118,7 @@ def start(trainer: Trainer, found: Found | None = None) -> None:
 
     `found`: the checkpoint that --load means, where it is known already.
     """
-    found = found or find(trainer.config)
+    found = found or trainer.together.lead(lambda: find(trainer.config))
     if found is None:
         initialise(trainer.model, trainer.config.training.seed, trainer.vocab_size)
         if trainer.optimizer is not None:
@@ -163,7 +164,8 @@ def load(trainer: Trainer, found: Found) -> None:
         _check_same_tokenizer(trainer, about, what)
         if not fresh:
             _say_other_run(trainer.config, from_checkpoint(about["config"]), what)
-        native.load(found.directory, views(targets), ignore=ignore, convert=True)
+        partial = trainer.mesh.world_size > 1
+        native.load(found.directory, targets, ignore=ignore, convert=True, partial=partial)
     else:
         state = megatron_legacy.read(found.directory, trainer.vocab_size, with_optimizer=with_optimizer)
         about = state.facts

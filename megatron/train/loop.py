@@ -169,14 +169,17 @@ def _after_step(session: Session) -> str | None:
 
 
 def _reason_to_stop(session: Session) -> str | None:
-    training, progress = session.trainer.config.training, session.trainer.progress
-    if session.stop.received:
-        return f"{session.stop.received} received"
-    if is_finished(training, progress.iteration, progress.consumed_samples, session.trainer.mesh.size("dp")):
+    """The first reason that any rank has; the same on all of them."""
+    trainer = session.trainer
+    training, progress = trainer.config.training, trainer.progress
+    received = session.stop.agreed(trainer.mesh)
+    if received:
+        return f"{received} received"
+    if is_finished(training, progress.iteration, progress.consumed_samples, trainer.mesh.size("dp")):
         return None
-    minutes = (time.monotonic() - session.started) / 60
-    if training.exit_duration_in_mins is not None and minutes > training.exit_duration_in_mins:
-        return f"--exit-duration-in-mins {training.exit_duration_in_mins:g} is over"
+    minutes, limit = (time.monotonic() - session.started) / 60, training.exit_duration_in_mins
+    if limit is not None and trainer.mesh.largest(minutes > limit):
+        return f"--exit-duration-in-mins {limit:g} is over"
     if training.exit_interval and progress.iteration % training.exit_interval == 0:
         return f"--exit-interval {training.exit_interval}"
     return None
@@ -213,7 +216,8 @@ def _evaluate_only(session: Session) -> str:
         raise ConfigError("--skip-train evaluates, but --split leaves no validation or test data")
     _evaluate(session, "valid", session.datasets.valid, 0)
     _evaluate(session, "test", session.datasets.test, 0)
-    return f"{session.stop.received} received" if session.stop.received else "evaluated"
+    received = session.stop.agreed(session.trainer.mesh)
+    return f"{received} received" if received else "evaluated"
 
 
 def _final_evaluation(session: Session) -> None:
@@ -239,9 +243,9 @@ def _evaluate(session: Session, split: str, dataset: Dataset | None, turn: int) 
     turns = max(1, len(dataset) // (count * per_microbatch))
     watch = Stopwatch()
     stream = microbatches(trainer, dataset, turn % turns * count * per_microbatch)
-    results = evaluate(trainer, _until_stopped(islice(stream, count), session.stop))
-    if session.stop.received:
-        session.console.say(f"{split} evaluation given up: {session.stop.received} received")
+    results = evaluate(trainer, _until_stopped(islice(stream, count), session))
+    if received := session.stop.agreed(trainer.mesh):
+        session.console.say(f"{split} evaluation given up: {received} received")
         return
     session.console.evaluation(f"{split} evaluation", results, watch.lap())
     prefix = "eval" if split == "valid" else split
@@ -249,8 +253,8 @@ def _evaluate(session: Session, split: str, dataset: Dataset | None, turn: int) 
     session.reporter.write(trainer.progress.iteration, record | {"run": trainer.progress.run})
 
 
-def _until_stopped(batches: Iterable[TokenBatch], stop: StopSignal) -> Iterator[TokenBatch]:
+def _until_stopped(batches: Iterable[TokenBatch], session: Session) -> Iterator[TokenBatch]:
     for batch in batches:
-        if stop.received:
+        if session.stop.agreed(session.trainer.mesh):
             return
         yield batch

@@ -99,7 +99,9 @@ class Saver:
         if not self._active or self.saved == iteration:
             return
         state = checkpoints.capture(self._trainer, self._snapshot)
-        write = partial(checkpoints.write, self._trainer.config, state, self._trainer.tokenizer.files())
+        write = partial(
+            checkpoints.write, self._trainer.config, state, self._trainer.tokenizer.files(), self._trainer.together
+        )
         if self._writer:
             self._writing = iteration, self._writer.submit(write)
         else:

@@ -3,6 +3,8 @@
 import signal
 from types import FrameType
 
+from megatron.parallel.mesh import Mesh
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -12,6 +14,11 @@ class StopSignal:
     def __init__(self) -> None:
         self.received: str | None = None
         self._previous: dict[int, object] = {}
+
+    def agreed(self, mesh: Mesh) -> str | None:
+        """The signal that any rank has received by now; the same on all of them, which all must call this."""
+        number = mesh.largest(signal.Signals[self.received] if self.received else 0)
+        return signal.Signals(number).name if number else None
 
     def __enter__(self) -> "StopSignal":
         self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}

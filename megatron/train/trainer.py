@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from megatron.checkpoint.together import Together
 from megatron.config.run import RunConfig
 from megatron.model.gpt import GPT
 from megatron.model.partition import StageSpec
@@ -37,7 +38,7 @@ class Trainer:
     """Everything a step needs. `vocab_size` counts true ids; the model's matrices may be padded beyond it.
 
     partition: all stages of the model; stages: this rank's by index; link: to the other pipeline ranks, if any.
-    shared: what of the parameters other ranks have, too. optimizer: None where the run only evaluates.
+    shared: what of the parameters other ranks have, too. together: all ranks, as writers of checkpoints. optimizer: None where the run only evaluates.
     """
 
     config: RunConfig
@@ -49,6 +50,7 @@ class Trainer:
     stages: dict[int, Stage]
     link: PipelineLink | None
     shared: Shared
+    together: Together
     optimizer: TrainingOptimizer | None
     scaler: LossScaler
     lr: LrSchedule

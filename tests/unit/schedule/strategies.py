@@ -13,6 +13,11 @@ KINDS = sorted(GENERATORS)
 times = st.integers(1, 12).map(lambda quarter: quarter / 4)  # exact in binary: sums compare exactly
 
 
+def everywhere(num_ranks: int, num_microbatches: int) -> Pipeline:
+    """One stage a rank, heads on all."""
+    return Pipeline(num_ranks, num_microbatches, frozenset(range(num_ranks)))
+
+
 @st.composite
 def pipelines(draw, most_ranks=16, most_microbatches=64, chunks=1, tuning=False):
     """Any p, m, and set of stages with exits."""

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from megatron.schedule.actions import Action, Flow, Op, Pipeline, Schedule, ScheduleError, from_text, other_end, to_text
 from megatron.schedule.communicate import communicate
 from megatron.schedule.generate import gpipe, one_f_one_b
-from tests.unit.schedule.strategies import generated
+from tests.unit.schedule.strategies import everywhere, generated
 
 
 @settings(max_examples=25, deadline=None)
@@ -16,8 +16,8 @@ def test_text_gives_the_schedule_back(case):
 
 
 def test_text_form():
-    assert to_text(one_f_one_b(1, 2)) == "0F0,0E0,0B0,0F1,0E1,0B1\n"
-    assert to_text(gpipe(1, 2)) == "0F0,0F1,0E0,0B0,0E1,0B1\n"
+    assert to_text(one_f_one_b(everywhere(1, 2))) == "0F0,0E0,0B0,0F1,0E1,0B1\n"
+    assert to_text(gpipe(everywhere(1, 2))) == "0F0,0F1,0E0,0B0,0E1,0B1\n"
     assert from_text("0F0, 0SEND_F0\n1RECV_F0,1F0") == Schedule.of(
         [
             [Action(0, Op.FORWARD, 0), Action(0, Op.SEND_F, 0)],
@@ -39,15 +39,16 @@ def test_a_rank_may_be_idle():
     text = "0F0,0E0\n\n"
     assert from_text(text).num_ranks == 2
     assert to_text(from_text(text)) == text
+    assert from_text("0F0,,0E0, \n,,,\n") == from_text(text)
 
 
 def test_what_a_schedule_says_of_itself():
-    schedule = communicate(one_f_one_b(4, 6))
+    schedule = communicate(one_f_one_b(everywhere(4, 6)))
     assert (schedule.num_ranks, schedule.num_stages, schedule.num_microbatches) == (4, 4, 6)
     assert len(schedule) == 4 and schedule[3] == list(schedule)[3]
     assert schedule.rank_of(6) == 2
     assert schedule.has_messages and not schedule.computes().has_messages
-    assert schedule.computes() == one_f_one_b(4, 6)
+    assert schedule.computes() == one_f_one_b(everywhere(4, 6))
     assert Schedule(()).num_stages == Schedule(()).num_microbatches == 0
 
 

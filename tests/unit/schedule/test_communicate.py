@@ -18,7 +18,7 @@ from megatron.schedule.actions import (
 from megatron.schedule.check import validate
 from megatron.schedule.communicate import add_reductions, communicate
 from megatron.schedule.generate import alternate, gpipe, interleaved, one_f_one_b, zero_bubble_h1
-from tests.unit.schedule.strategies import finishes, generated, pipelines, shuffled
+from tests.unit.schedule.strategies import everywhere, finishes, generated, pipelines, shuffled
 
 
 @settings(max_examples=60, deadline=None)
@@ -92,7 +92,7 @@ def test_computes_in_a_circle():
 
 def test_messages_are_added_once():
     with pytest.raises(ScheduleError, match="has messages already"):
-        communicate(communicate(one_f_one_b(2, 2)))
+        communicate(communicate(one_f_one_b(everywhere(2, 2))))
 
 
 def test_buckets_are_reduced_after_the_last_that_adds_to_them():

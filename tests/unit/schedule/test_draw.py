@@ -9,6 +9,7 @@ from megatron.schedule.draw import COLOURS, figure, svg, text_timeline
 from megatron.schedule.fill import fill_bubbles
 from megatron.schedule.generate import interleaved, one_f_one_b, zero_bubble_h1
 from megatron.schedule.simulate import Costs, Span, Timeline, simulate
+from tests.unit.schedule.strategies import everywhere
 
 PIPELINE = Pipeline(4, 8, frozenset({1, 3}))
 COSTS = [Costs(heads=0.5)] * 4
@@ -63,7 +64,9 @@ def test_words_and_numbers():
     assert {"rank 0", "rank 3", "forward", "exit heads", "backward", "fills a bubble", "7"} <= set(words)
     assert "backward, weights" not in words
     assert "fills a bubble" not in texts(svg([EXITS]))
-    assert {"backward, inputs", "backward, weights"} <= set(texts(svg([("", simulate(zero_bubble_h1(4, 8), COSTS))])))
+    assert {"backward, inputs", "backward, weights"} <= set(
+        texts(svg([("", simulate(zero_bubble_h1(everywhere(4, 8)), COSTS))]))
+    )
 
 
 def test_fillers_have_a_dashed_edge():

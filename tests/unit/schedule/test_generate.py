@@ -89,8 +89,3 @@ def test_what_generators_cannot_do():
             GENERATORS[kind](Pipeline(2, 4, frozenset({3}), 2))
     with pytest.raises(ScheduleError, match="at least 2 chunks"):
         interleaved(Pipeline(2, 4, frozenset({1})))
-
-
-def test_numbers_stand_for_a_pipeline_with_heads_everywhere():
-    for kind in ("1f1b", "gpipe", "zb-h1"):
-        assert GENERATORS[kind](3, 4) == GENERATORS[kind](Pipeline(3, 4, frozenset({0, 1, 2})))

@@ -46,6 +46,7 @@ def test_chosen_fillers_never_lengthen_the_step(data, pipeline):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @settings(max_examples=1000, deadline=None)
 @given(st.data(), generated())
 def test_heads_in_idle_time_never_lengthen_the_step_at_length(data, case):
@@ -53,6 +54,7 @@ def test_heads_in_idle_time_never_lengthen_the_step_at_length(data, case):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @settings(max_examples=1000, deadline=None)
 @given(st.data(), pipelines())
 def test_chosen_fillers_never_lengthen_the_step_at_length(data, pipeline):

@@ -100,6 +100,13 @@ def test_unbiased_for_any_fillers(case):
     check_rotations(case)
 
 
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None)
+@given(filled(most_ranks=6, most_microbatches=16))
+def test_unbiased_for_any_fillers_at_length(case):
+    check_rotations(case)
+
+
 @settings(max_examples=30, deadline=None)
 @given(filled())
 def test_each_loss_weighs_one_in_sum(case):
