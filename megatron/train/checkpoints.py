@@ -93,8 +93,11 @@ def tensors_to_save(trainer: Trainer) -> dict[str, Placed]:
 
 def capture(trainer: Trainer, snapshot: Snapshot | None = None) -> RunState:
     """What a checkpoint of this moment holds; with `snapshot` it stays as it is while training goes on."""
-    tensors = tensors_to_save(trainer)
-    return RunState(snapshot.take(tensors) if snapshot else tensors, facts(trainer))
+    parts = tensors_to_save(trainer)
+    if snapshot is not None:
+        taken = snapshot.take(views(parts))
+        parts = {name: part._replace(view=taken[name]) for name, part in parts.items()}
+    return RunState(parts, facts(trainer))
 
 
 def write(config: RunConfig, state: RunState, tokenizer_files: Iterable[Path], together: Together = ALONE) -> Path:

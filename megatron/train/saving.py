@@ -9,6 +9,7 @@ from megatron.checkpoint import native
 from megatron.checkpoint.snapshot import Snapshot
 from megatron.errors import StorageError
 from megatron.logs import get_logger
+from megatron.parallel.placement import views
 from megatron.train import checkpoints
 from megatron.train.trainer import Trainer
 
@@ -33,7 +34,7 @@ class Saver:
         self._active = flags.save is not None and not trainer.config.training.skip_train
         self._snapshot = self._writer = None
         if self._active and flags.async_save:
-            self._snapshot = Snapshot(checkpoints.tensors_to_save(trainer), trainer.mesh.backend)
+            self._snapshot = Snapshot(views(checkpoints.tensors_to_save(trainer)), trainer.mesh.backend)
             self._writer = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._writing: tuple[int, Future[Path]] | None = None
         self._due = False
@@ -99,9 +100,8 @@ class Saver:
         if not self._active or self.saved == iteration:
             return
         state = checkpoints.capture(self._trainer, self._snapshot)
-        write = partial(
-            checkpoints.write, self._trainer.config, state, self._trainer.tokenizer.files(), self._trainer.together
-        )
+        trainer = self._trainer
+        write = partial(checkpoints.write, trainer.config, state, trainer.tokenizer.files(), trainer.together)
         if self._writer:
             self._writing = iteration, self._writer.submit(write)
         else:

@@ -14,6 +14,7 @@ from megatron.cli.pretrain import main
 from megatron.config.load import load
 from megatron.config.training import TrainingConfig
 from megatron.errors import CheckpointError
+from megatron.parallel.placement import views
 from megatron.train import checkpoints
 from megatron.train.build import build_trainer
 from megatron.train.data import make_datasets, microbatches, step_batches
@@ -113,7 +114,7 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES)
 def test_no_bit_changes_and_the_place_is_named(run: tuple[Trainer, Iterator], place: str, kind: str) -> None:
     trainer, stream = run
-    before = {name: tensor.clone() for name, tensor in checkpoints.state_tensors(trainer).items()}
+    before = {name: tensor.clone() for name, tensor in views(checkpoints.state_tensors(trainer)).items()}
     done, progress = trainer.optimizer.steps, replace(trainer.progress)
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     with inject(trainer, place, VALUES[kind]):
@@ -123,7 +124,7 @@ def test_no_bit_changes_and_the_place_is_named(run: tuple[Trainer, Iterator], pl
     assert ("spike" in report.problem) == (kind == "spike")
     if "gradient" not in place:
         assert f"microbatch {MICROBATCH}" in report.problem
-    after = checkpoints.state_tensors(trainer)
+    after = views(checkpoints.state_tensors(trainer))
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     assert all(torch.equal(p, weights[name]) for name, p in trainer.model.named_parameters())
     assert trainer.optimizer.steps == done and trainer.progress.optimizer_samples == progress.optimizer_samples
