@@ -17,4 +17,22 @@ class ParallelConfig:
         None, "Process-group backend. Default: nccl with a GPU, gloo without."
     )
     distributed_timeout_minutes: float = setting(10.0, "How long a rank waits for the others before the run ends.")
-    pipeline_schedule: Literal["1f1b", "gpipe"] = setting("1f1b", "Order of forwards and backwards.")
+    pipeline_schedule: Literal["1f1b", "gpipe", "interleaved", "zb-h1"] = setting(
+        "1f1b", "Order of forwards and backwards. interleaved needs --num-layers-per-virtual-pipeline-stage."
+    )
+    num_layers_per_virtual_pipeline_stage: int | None = setting(
+        None, "Layers per stage where each rank has several stages; turns 1f1b into interleaved."
+    )
+    fill_explicit_bubbles: bool = setting(
+        False, "Use idle time of 1f1b for partial microbatches that only train exits (EE-LLM; pp > 1)."
+    )
+    num_fill_warmup_microbatches: int | None = setting(
+        None, "Partial microbatches in the warm-up of a step. Default: as many as fit by --backward-forward-ratio."
+    )
+    num_fill_cooldown_microbatches: int | None = setting(
+        None, "Partial microbatches in the cool-down of a step. Default: as above."
+    )
+    backward_forward_ratio: float = setting(2.0, "Time of a backward pass over that of a forward pass, for filling.")
+    fill_loss_normalization: Literal["unbiased", "original"] = setting(
+        "unbiased", "With partial microbatches: every loss an unbiased mean, or EE-LLM's one divisor for all."
+    )

@@ -90,9 +90,7 @@ ACCEPTED: tuple[Accepted, ...] = (
 _REFUSED: tuple[tuple[str, str], ...] = (
     (
         "needs pipeline stages, and this version trains on one process",
-        "--num-layers-per-virtual-pipeline-stage --pipeline-model-parallel-layout --fill-explicit-bubbles "
-        "--num-fill-warmup-microbatches --num-fill-cooldown-microbatches --backward-forward-ratio "
-        "--fill-loss-normalization --standalone-embedding-stage",
+        "--pipeline-model-parallel-layout --standalone-embedding-stage",
     ),
     (
         "needs tensor-parallel ranks, and this version trains on one process",

@@ -17,6 +17,7 @@ AT_LEAST_ONE = (
     *("num_query_groups", "seq_length", "max_position_embeddings", "make_vocab_size_divisible_by"),
     *("padded_vocab_size", "window_size", "rope_original_max_position_embeddings", "vocab_size"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size"),
+    "num_layers_per_virtual_pipeline_stage",
     *("global_batch_size", "train_iters", "train_samples", "eval_interval", "exit_interval"),
     *(
         "keep_last_n_checkpoints",
@@ -31,13 +32,15 @@ AT_LEAST_ONE = (
 )
 ABOVE_ZERO = (
     *("rotary_base", "rotary_seq_len_interpolation_factor", "rope_scaling_factor", "rope_low_freq_factor"),
-    *("rope_high_freq_factor", "norm_epsilon", "exit_duration_in_mins", "spike_factor", "distributed_timeout_minutes"),
+    *("rope_high_freq_factor", "norm_epsilon", "exit_duration_in_mins", "spike_factor"),
+    *("distributed_timeout_minutes", "backward_forward_ratio"),
     *("adam_eps", "loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window"),
 )
 NOT_NEGATIVE = (
     *("init_method_std", "exit_layer_weight_warmup_iters", "vocab_extra_ids", "num_workers"),
     *("eval_iters", "weight_decay", "start_weight_decay", "end_weight_decay", "clip_grad", "lr", "min_lr"),
     *("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_init", "load_iteration"),
+    *("num_fill_warmup_microbatches", "num_fill_cooldown_microbatches"),
 )
 _SHAPE = ("model", "exits")
 _PATHS = ("DIR", "FILE", "PATH")  # metavars of flags that name one

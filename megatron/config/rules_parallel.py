@@ -13,6 +13,37 @@ def layers_divide(config: RunConfig) -> Faults:
         yield f"--pipeline-model-parallel-size {pp} does not divide --num-layers {layers}: every stage has as many"
 
 
+def virtual_stages_divide(config: RunConfig) -> Faults:
+    layers, parallel = config.model.num_layers, config.parallel
+    depth, pp = parallel.num_layers_per_virtual_pipeline_stage, parallel.pipeline_model_parallel_size
+    if depth and layers and pp > 0 and layers % (depth * pp):
+        yield (
+            f"--num-layers-per-virtual-pipeline-stage {depth} on {pp} pipeline ranks does not divide --num-layers "
+            f"{layers}: each rank has as many stages of as many layers"
+        )
+    if parallel.pipeline_schedule == "interleaved" and not depth:
+        yield "--pipeline-schedule interleaved needs --num-layers-per-virtual-pipeline-stage: give it"
+    if depth and layers and depth * pp < layers and parallel.pipeline_schedule in ("gpipe", "zb-h1"):
+        yield (
+            f"--pipeline-schedule {parallel.pipeline_schedule} has one stage a rank: leave out "
+            "--num-layers-per-virtual-pipeline-stage, or choose interleaved"
+        )
+
+
+def filling(config: RunConfig) -> Faults:
+    parallel = config.parallel
+    if not parallel.fill_explicit_bubbles:
+        return
+    if parallel.pipeline_model_parallel_size == 1:
+        yield "--fill-explicit-bubbles needs --pipeline-model-parallel-size above 1: one stage has no bubbles"
+    if parallel.pipeline_schedule != "1f1b" or parallel.num_layers_per_virtual_pipeline_stage:
+        yield "--fill-explicit-bubbles fills the bubbles of --pipeline-schedule 1f1b without virtual stages"
+    if config.training.calculate_per_token_loss:
+        yield "--fill-explicit-bubbles and --calculate-per-token-loss exclude each other: fillers count as microbatches"
+    if not config.exits.exit_layer_nums:
+        yield "--fill-explicit-bubbles needs exits (--exit-layer-nums): partial microbatches train nothing else"
+
+
 def heads_divide(config: RunConfig) -> Faults:
     model, tp = config.model, config.parallel.tensor_model_parallel_size
     sizes = {
@@ -40,6 +71,8 @@ def sequence_divides(config: RunConfig) -> Faults:
 
 PARALLEL_RULES: tuple[Callable[[RunConfig], Faults], ...] = (
     layers_divide,
+    virtual_stages_divide,
+    filling,
     heads_divide,
     vocabulary_divides,
     sequence_divides,

@@ -5,6 +5,7 @@ torch.
 from dataclasses import dataclass
 
 from megatron.config.model import ExitConfig, ModelConfig
+from megatron.config.parallel import ParallelConfig
 from megatron.errors import ConfigError
 from megatron.exits.spec import FINAL, ExitSpec, exit_specs
 
@@ -50,6 +51,12 @@ def partition(num_layers: int, exits: tuple[ExitSpec, ...], num_stages: int) -> 
         )
         for index in range(num_stages)
     )
+
+
+def count_stages(config: ParallelConfig, num_layers: int) -> int:
+    """Pipeline stages of a model: one a rank, or those of --num-layers-per-virtual-pipeline-stage layers."""
+    depth = config.num_layers_per_virtual_pipeline_stage
+    return num_layers // depth if depth else config.pipeline_model_parallel_size
 
 
 def stages_of_rank(stages: tuple[StageSpec, ...], rank: int, num_ranks: int) -> tuple[StageSpec, ...]:

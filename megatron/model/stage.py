@@ -5,6 +5,7 @@ graphs of the heads of waiting microbatches never exist together. B is one backw
 that the next stage sends. What crosses a border is the hidden state, and its gradient on the way back.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from megatron.model.gpt import GPT, Taps
 from megatron.model.partition import StageSpec
 from megatron.nn.cross_entropy import HeadLoss, VocabShard, linear_cross_entropy
 from megatron.nn.layer import LayerContext
+from megatron.nn.linear import WeightGradients
 from megatron.parallel.rng import DropoutStream
 from megatron.parallel.tensor import TensorParallel
 
@@ -56,10 +58,16 @@ Gradients = list[tuple[Tensor, Tensor]]  # (tap or hidden state, gradient)
 class Stage:
     """A span of a `GPT` with the training and evaluation passes over it."""
 
-    def __init__(self, model: GPT, vocab_size: int | None = None, spec: StageSpec | None = None) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        vocab_size: int | None = None,
+        spec: StageSpec | None = None,
+        later: WeightGradients | None = None,
+    ) -> None:
         """`vocab_size`: true ids, where the model's matrices are padded beyond them. `spec`: of a model's several
-        stages, the one meant."""
-        self.model = model
+        stages, the one meant. `later`: where the model's layers keep gradients, for `backward_input`."""
+        self.model, self.later = model, later
         self.spec = spec or model.stages[0]
         self.vocab_size = vocab_size or model.padded_vocab_size
 
@@ -126,6 +134,15 @@ class Stage:
             tensors, grads = zip(*gradients, strict=True)
             torch.autograd.backward(tensors, grads)
         return None if activations.received is None else activations.received.grad
+
+    def backward_input(
+        self, activations: Activations, gradients: Gradients, received: Tensor | None = None
+    ) -> tuple[Tensor | None, list[Callable[[], None]]]:
+        """I: B but for the gradients of the layers' matrices, which the functions returned beside add when called."""
+        assert self.later is not None, "the stage was not built for split backward passes"
+        with self.later.deferring() as waiting:
+            made = self.backward(activations, gradients, received)
+        return made, waiting
 
     @torch.no_grad()
     def evaluate(self, batch: TokenBatch) -> dict[str, HeadScore]:

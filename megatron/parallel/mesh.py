@@ -167,7 +167,10 @@ def _join(config: ParallelConfig, backend: Backend) -> None:
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
     kinds = f"cpu:gloo,cuda:{backend.process_group}" if backend.is_cuda else backend.process_group
     device = backend.device if backend.is_cuda else None
-    dist.init_process_group(kinds, timeout=timeout, device_id=device)
+    try:
+        dist.init_process_group(kinds, timeout=timeout, device_id=device)
+    except ValueError as error:  # an environment that torchrun did not make
+        raise ConfigError(f"WORLD_SIZE asks for several processes, but {error}: start them with torchrun") from error
 
 
 def _lines(sizes: Sequence[int], axis: str) -> list[list[int]]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -55,13 +54,32 @@ class TensorParallel:
 
     def gather(self, x: Tensor) -> Tensor:
         """Whole hidden states of those cut along the sequence; without autograd."""
-        return _gather(x, self) if self.sequence else x
+        if not self.sequence:
+            return x
+        whole, work = self.start_gather(x)
+        work.wait()
+        return whole
 
     def reduce(self, x: Tensor) -> Tensor:
         """The sum over ranks of what lies inside a region (this rank's part of it); without autograd, may write x."""
         if self.size == 1:
             return x
-        return _finish(*_start_reduce(x, self))
+        part, work = self.start_reduce(x)
+        work.wait()
+        return part
+
+    def start_gather(self, x: Tensor) -> tuple[Tensor, dist.Work]:
+        """Begin to `gather`: the result is good once the work is waited for."""
+        whole = x.new_empty(x.shape[0] * self.size, *x.shape[1:])
+        return whole, _all_gather(whole, x.contiguous(), group=self.group, async_op=True)
+
+    def start_reduce(self, x: Tensor) -> tuple[Tensor, dist.Work]:
+        """Begin to `reduce`: the result is good once the work is waited for."""
+        x = x.contiguous()
+        if not self.sequence:
+            return x, dist.all_reduce(x, group=self.group, async_op=True)
+        part = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
+        return part, _reduce_scatter(part, x, group=self.group, async_op=True)
 
 
 ALONE = TensorParallel()
@@ -88,79 +106,25 @@ def splits(model: nn.Module) -> dict[str, Split]:
     }
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
-    """`enter`, then x W^T + b with this rank's rows of W; the gradients' collectives overlap with computing them."""
-    return F.linear(x, weight, bias) if tp.size == 1 else _ColumnLinear.apply(x, weight, bias, tp)
-
-
 class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
         ctx.tp = tp
-        return _gather(x, tp) if tp.sequence else x.view_as(x)
+        return tp.gather(x) if tp.sequence else x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _finish(*_start_reduce(grad.clone(), ctx.tp)), None
+        return ctx.tp.reduce(grad.clone()), None
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
         ctx.tp = tp
-        return _finish(*_start_reduce(x.clone(), tp))
+        return tp.reduce(x.clone())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return (_gather(grad, ctx.tp) if ctx.tp.sequence else grad), None
-
-
-class _ColumnLinear(torch.autograd.Function):
-    """With sequence parallelism the input is kept cut, and gathered once more for the weight's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.tp, ctx.has_bias = tp, bias is not None
-        return F.linear(_gather(x, tp) if tp.sequence else x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        (x, weight), tp = ctx.saved_tensors, ctx.tp
-        for_x, for_weight, for_bias, _ = ctx.needs_input_grad
-        whole, gathering = _start_gather(x, tp) if tp.sequence and for_weight else (x, None)
-        reducing = _start_reduce(grad @ weight, tp) if for_x else None
-        if gathering is not None:
-            gathering.wait()
-        rows = grad.flatten(0, -2)
-        weight_grad = rows.t() @ whole.flatten(0, -2) if for_weight else None
-        bias_grad = rows.sum(0) if ctx.has_bias and for_bias else None
-        return (_finish(*reducing) if reducing else None), weight_grad, bias_grad, None
-
-
-def _gather(x: Tensor, tp: TensorParallel) -> Tensor:
-    whole, work = _start_gather(x, tp)
-    work.wait()
-    return whole
-
-
-def _start_gather(x: Tensor, tp: TensorParallel) -> tuple[Tensor, dist.Work]:
-    whole = x.new_empty(x.shape[0] * tp.size, *x.shape[1:])
-    return whole, _all_gather(whole, x.contiguous(), group=tp.group, async_op=True)
-
-
-def _start_reduce(x: Tensor, tp: TensorParallel) -> tuple[Tensor, dist.Work]:
-    """Begin to sum x over the ranks, in place or into this rank's part of the sequence."""
-    x = x.contiguous()
-    if not tp.sequence:
-        return x, dist.all_reduce(x, group=tp.group, async_op=True)
-    part = x.new_empty(x.shape[0] // tp.size, *x.shape[1:])
-    return part, _reduce_scatter(part, x, group=tp.group, async_op=True)
-
-
-def _finish(result: Tensor, work: dist.Work) -> Tensor:
-    work.wait()
-    return result
+        return ctx.tp.gather(grad), None

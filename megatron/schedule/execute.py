@@ -26,6 +26,9 @@ class StageLike(Protocol):
     def backward(self, activations: Any, gradients: Any, received: Any = None) -> Any:
         """B: the gradient for the stage before, None on the first."""
 
+    def backward_input(self, activations: Any, gradients: Any, received: Any = None) -> tuple[Any, list]:
+        """I: as B, and the functions that W is to call."""
+
     def empty_message(self, batch: Any) -> Any:
         """A tensor of the shape that crosses the stage's borders, hidden state or gradient."""
 
@@ -89,6 +92,7 @@ class _Worker:
     losses: dict[Key, Any] = field(default_factory=dict)
     _activations: dict[Key, Any] = field(default_factory=dict)
     _gradients: dict[Key, Any] = field(default_factory=dict)
+    _weight_work: dict[Key, list[Callable[[], None]]] = field(default_factory=dict)
     _made: dict[Action, Any] = field(default_factory=dict)  # by the send that takes it away
     _coming: dict[Action, tuple[Any, Any]] = field(default_factory=dict)  # by the receive: tensor, what to wait for
 
@@ -97,6 +101,8 @@ class _Worker:
             Op.FORWARD: self._forward,
             Op.HEADS: self._heads,
             Op.BACKWARD: self._backward,
+            Op.INPUT: self._backward,
+            Op.WEIGHT: self._weights,
             Op.DROP: self._drop,
             Op.REDUCE: lambda action: self.step.reduce(action.stage, action.microbatch),
             Op.SEND_F: self._send,
@@ -130,9 +136,18 @@ class _Worker:
         received = self._take(action)
         if received is not None and (factor := self.plan.terms.gradient_factor(stage, m)) != 1.0:
             received = received * factor
-        gradients = self._gradients.pop((stage, m), [])
-        made = self.step.stages[stage].backward(self._activations.pop((stage, m)), gradients, received)
+        activations, gradients = self._activations.pop((stage, m)), self._gradients.pop((stage, m), [])
+        if action.op is Op.INPUT:
+            made, waiting = self.step.stages[stage].backward_input(activations, gradients, received)
+            self._weight_work[stage, m] = waiting
+        else:
+            made = self.step.stages[stage].backward(activations, gradients, received)
         self._hand_over(action, made)
+
+    def _weights(self, action: Action) -> None:
+        waiting = self._weight_work.pop((action.stage, action.microbatch))
+        while waiting:  # each keeps an input and a gradient alive
+            waiting.pop()()
 
     def _drop(self, action: Action) -> None:
         key = (action.stage, action.microbatch)

@@ -8,8 +8,9 @@ from megatron.errors import ConfigError
 from megatron.exits.spec import exit_specs
 from megatron.model.build import build_model
 from megatron.model.gpt import GPT
-from megatron.model.partition import partition, replicas
+from megatron.model.partition import count_stages, partition, replicas
 from megatron.model.stage import Stage
+from megatron.nn.linear import defer_weight_gradients
 from megatron.optim.gradient_sync import Shared
 from megatron.optim.lr import LrSchedule, WeightDecaySchedule
 from megatron.optim.optimizer import TrainingOptimizer
@@ -44,6 +45,8 @@ def build_trainer(config: RunConfig, backend: Backend | None = None, dtype: torc
         ) from error
     if config.training.torch_compile:
         compile_layers(model)
+    num_stages = count_stages(config.parallel, config.model.num_layers)
+    later = defer_weight_gradients(model) if config.parallel.pipeline_schedule == "zb-h1" else None
     shared, optimizer = find_shared(config, model, mesh), None
     if not config.training.skip_train:
         optimizer = TrainingOptimizer(model.named_parameters(), config.optimizer, mesh, shared)
@@ -53,8 +56,8 @@ def build_trainer(config: RunConfig, backend: Backend | None = None, dtype: torc
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
         model=model,
-        partition=partition(config.model.num_layers, exit_specs(config.exits), mesh.size("pp")),
-        stages={spec.index: Stage(model, tokenizer.vocab_size, spec) for spec in model.stages},
+        partition=partition(config.model.num_layers, exit_specs(config.exits), num_stages),
+        stages={spec.index: Stage(model, tokenizer.vocab_size, spec, later) for spec in model.stages},
         link=PipelineLink.build(mesh) if mesh.size("pp") > 1 else None,
         shared=shared,
         together=Together(mesh.everyone(), mesh.is_main, mesh.world_size),
@@ -68,8 +71,8 @@ def build_trainer(config: RunConfig, backend: Backend | None = None, dtype: torc
 
 def find_shared(config: RunConfig, model: GPT, mesh: Mesh) -> Shared:
     """Which parameters the ranks of the mesh have in common. Every rank must call this."""
-    split, ranks = splits(model), mesh.size("pp")
-    who = replicas(config.model, config.exits, ranks, ranks)
+    split, num_stages = splits(model), count_stages(config.parallel, config.model.num_layers)
+    who = replicas(config.model, config.exits, num_stages, mesh.size("pp"))
     copies, foreign = [], set()
     for holders, prefixes in ((who.word, ("embedding.word.", "word_copy.")), (who.final_norm, ("final_norm.",))):
         names = tuple(name for name in split if name.startswith(prefixes))

@@ -6,7 +6,7 @@ Nothing here knows about files or loops: `train_step` is a function of a `Traine
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,13 +16,10 @@ from megatron.exits.spec import FINAL, exit_specs
 from megatron.exits.weights import exit_weight
 from megatron.model.stage import TokenBatch
 from megatron.optim.optimizer import TrainingOptimizer
-from megatron.schedule.actions import Pipeline
-from megatron.schedule.check import validate
-from megatron.schedule.communicate import communicate
-from megatron.schedule.execute import Plan, Step, run
-from megatron.schedule.generate import GENERATORS
+from megatron.schedule.execute import Step, run
 from megatron.schedule.terms import Terms
 from megatron.train.losses import gather_losses
+from megatron.train.plan import step_plan
 from megatron.train.spikes import loss_name
 from megatron.train.trainer import Trainer
 
@@ -50,7 +47,7 @@ def train_step(trainer: Trainer, batches: Sequence[TokenBatch]) -> StepReport:
     """Accumulate the gradients of all microbatches, apply them, and move the trainer's progress on."""
     config, progress, optimizer = trainer.config, trainer.progress, trainer.optimizer
     objective = make_objective(trainer, batches)
-    plan = step_plan(config.parallel.pipeline_schedule, trainer.pipeline(len(batches)))
+    plan = step_plan(config.parallel, trainer.pipeline(len(batches)))
     streams = [trainer.dropout_stream(progress.iteration, m) for m in range(len(batches))]
     step = Step(trainer.stages, batches, streams, objective, partial(_share, plan.terms))
 
@@ -86,14 +83,6 @@ def train_step(trainer: Trainer, batches: Sequence[TokenBatch]) -> StepReport:
         overflow=overflow,
         confidences={label: sum(values) for label, values in confidences.items()},
     )
-
-
-@cache
-def step_plan(kind: str, pipeline: Pipeline) -> Plan:
-    """The schedule of a step; depends on these two alone, so it is made and checked once."""
-    schedule = communicate(GENERATORS[kind](pipeline))
-    validate(schedule, pipeline)
-    return Plan.of(schedule)
 
 
 def _share(terms: Terms, stage: int, microbatch: int) -> Share:

@@ -1,4 +1,4 @@
-"""The mesh of one process, and that more than one is refused in one line."""
+"""The mesh of one process, and what is said where several don't fit."""
 
 import pytest
 import torch
@@ -29,15 +29,23 @@ def test_one_process_of_torchrun_is_the_same(monkeypatch):
     assert Mesh.build(ParallelConfig(), CPU) == Mesh(CPU)
 
 
-def test_several_processes_are_refused(monkeypatch):
+def test_sizes_must_divide_the_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ConfigError, match=r"^4 processes were launched.*without torchrun"):
+    sizes = ParallelConfig(tensor_model_parallel_size=3)
+    with pytest.raises(ConfigError, match=r"size 3 times .* 1 does not divide the 4 processes launched: start 3"):
+        Mesh.build(sizes, CPU)
+
+
+def test_an_environment_without_a_rank_is_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match="RANK expected, but not set: start them with torchrun"):
         Mesh.build(ParallelConfig(), CPU)
 
 
 def test_coordinates_are_asked_by_axis():
     mesh = Mesh(CPU, sizes=(2, 3, 4), ranks=(1, 2, 3))
-    assert {axis: (mesh.rank(axis), mesh.size(axis)) for axis in AXES} == {"dp": (1, 2), "pp": (2, 3), "tp": (3, 4)}
+    assert {axis: (mesh.rank(axis), mesh.size(axis)) for axis in AXES} == {"pp": (1, 2), "dp": (2, 3), "tp": (3, 4)}
     assert not mesh.is_main
 
 
