@@ -36,7 +36,12 @@ class WeightGradients:
         """The gradient of `weight`, or None where it is kept for later."""
         if self._waiting is None:
             return compute()
-        self._waiting.append(lambda: weight.main_grad.add_(compute()))
+
+        @torch.no_grad()
+        def add_now() -> None:
+            weight.main_grad.add_(compute())
+
+        self._waiting.append(add_now)
         return None
 
 

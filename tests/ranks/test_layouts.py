@@ -31,9 +31,12 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-def compare(ranks: Ranks, flags: str, layout: dict[str, int], dtype: torch.dtype = torch.float64) -> None:
-    config = toy_config(*flags.split())
-    plain = toy_config(*flags.replace("--sequence-parallel", "").split())
+def compare(
+    ranks: Ranks, flags: str, layout: dict[str, int], more: str = "", dtype: torch.dtype = torch.float64
+) -> None:
+    """`more`: flags that one process has no use for."""
+    config = toy_config(*flags.split(), *more.split())
+    plain = toy_config(*flags.split())
     alone = one_step(ONE_RANK, plain, dtype)
     answers = ranks.run(one_step, config, dtype, **layout)
     tolerance = 1e-10 if dtype is torch.float64 else 1e-5
@@ -55,4 +58,18 @@ def test_a_step_is_that_of_one_process(ranks: Ranks, model: str, layout: str) ->
 @pytest.mark.parametrize("layout", ["tp2", "tp4", "tp2pp2", "tp2pp2dp2"])
 @pytest.mark.parametrize("model", MODELS)
 def test_with_sequence_parallelism(ranks: Ranks, model: str, layout: str) -> None:
-    compare(ranks, f"{MODELS[model]} --sequence-parallel", LAYOUTS[layout])
+    compare(ranks, MODELS[model], LAYOUTS[layout], "--sequence-parallel")
+
+
+SCHEDULES = {
+    "gpipe": "--pipeline-schedule gpipe",
+    "interleaved": "--num-layers-per-virtual-pipeline-stage 1",
+    "zb-h1": "--pipeline-schedule zb-h1",
+}
+
+
+@pytest.mark.parametrize("layout", ["pp2", "tp2pp2", "pp2dp2"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("model", ["tied", "final_norm", "llama_pre", "mlp", "block"])
+def test_every_schedule(ranks: Ranks, model: str, schedule: str, layout: str) -> None:
+    compare(ranks, MODELS[model], LAYOUTS[layout], SCHEDULES[schedule])

@@ -284,10 +284,10 @@ def test_bad_input_is_one_clear_error_before_any_file(runs: Runs, capfd, changes
     assert not save.exists() or {path.name for path in save.iterdir()} <= {"run_status.json"}
 
 
-def test_several_processes_are_refused(runs: Runs, capfd, monkeypatch) -> None:
+def test_processes_must_fit_the_sizes(runs: Runs, capfd, monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(runs.flags()) == 2
-    assert "2 processes were launched" in capfd.readouterr().err
+    assert main(runs.flags(pipeline_model_parallel_size=4)) == 2
+    assert "does not divide the 2 processes launched" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
