@@ -7,10 +7,12 @@ import torch
 
 from megatron.config.load import load
 from megatron.config.run import RunConfig
+from megatron.data.loader import Microbatch
 from megatron.model.init import initialise
 from megatron.model.names import named_parts
 from megatron.parallel.mesh import Mesh
 from megatron.testing.tiny import random_batch
+from megatron.train import checkpoints
 from megatron.train.build import build_trainer
 from megatron.train.step import train_step
 from megatron.train.trainer import Trainer
@@ -92,3 +94,26 @@ def assemble(answers: list[dict[str, Any]]) -> Whole:
     for name, seen in filled.items():
         assert bool(seen.all()), f"no rank has all of {name}"
     return whole
+
+
+def save_after_steps(mesh: Mesh, config: RunConfig, steps: int) -> None:
+    """Train a few steps from scratch and save under --save."""
+    trainer = build(mesh, config, torch.float32)
+    for _ in range(steps):
+        train_step(trainer, _toy_batches(mesh, trainer.progress.iteration))
+    checkpoints.save(trainer)
+
+
+def resume_and_step(mesh: Mesh, config: RunConfig) -> dict[str, Any]:
+    """Load from --load; the whole state as this rank's parts, and the losses of the next step."""
+    trainer = build(mesh, config, torch.float32)
+    checkpoints.start(trainer)
+    parts = checkpoints.state_tensors(trainer)
+    state = {name: (part.view.clone(), part.shape, part.offset) for name, part in parts.items()}
+    report = train_step(trainer, _toy_batches(mesh, trainer.progress.iteration))
+    return {"gradients": state, "losses": report.losses, "iteration": trainer.progress.iteration}
+
+
+def _toy_batches(mesh: Mesh, step: int) -> list[Microbatch]:
+    dp = mesh.size("dp")
+    return [random_batch(1, 16, VOCAB, seed=100 * step + m * dp + mesh.rank("dp")) for m in range(8 // dp)]
