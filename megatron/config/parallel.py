@@ -12,6 +12,9 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = setting(1, "Ranks that share each layer (tp).")
     pipeline_model_parallel_size: int = setting(1, "Ranks that the layers are spread over (pp).")
+    use_distributed_optimizer: bool = setting(
+        False, "Each data-parallel rank keeps the optimizer state of its share of every parameter (ZeRO-1)."
+    )
     sequence_parallel: bool = setting(False, "Shard activations along the sequence between tp regions (tp > 1).")
     distributed_backend: Literal["nccl", "gloo"] | None = setting(
         None, "Process-group backend. Default: nccl with a GPU, gloo without."

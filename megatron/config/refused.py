@@ -46,7 +46,6 @@ ACCEPTED: tuple[Accepted, ...] = (
     Accepted("--no-delay-grad-reduce", _OVERLAP),
     Accepted("--no-scatter-gather-tensors-in-pipeline", _OVERLAP),
     Accepted("--use-ring-exchange-p2p", _OVERLAP),
-    Accepted("--use-distributed-optimizer", "with one data-parallel rank there is nothing to shard"),
     Accepted("--expert-model-parallel-size", "1 means no expert parallelism", 1, ("1",), _EXPERTS),
     Accepted(
         "--tune-exit-pipeline-parallel-size",

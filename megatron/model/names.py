@@ -14,18 +14,22 @@ from megatron.parallel.placement import Placed
 from megatron.parallel.tensor import splits
 
 
-def named_parts(name: str, tensor: Tensor, model: GPT, vocab_size: int) -> Iterator[tuple[str, Placed]]:
-    """Parts of `tensor`, a parameter called `name` in `model` or anything of its shape, by checkpoint name."""
-    module, kind = name.rsplit(".", 1)
+def named_parts(name: str, tensor: Tensor, model: GPT, vocab_size: int, first: int = 0) -> Iterator[tuple[str, Placed]]:
+    """Parts of `tensor` by checkpoint name.
+
+    tensor: a parameter called `name` in `model` or anything of its shape; or, from row `first` on, some rows of that.
+    """
     dim = splits(model)[name].dim
-    if model.config.gated and module.endswith((".mlp.up", ".branch.up")):
-        gate, up = tensor.chunk(2, dim=0)
-        yield f"{module.removesuffix('up')}gate.{kind}", _place(gate, dim, model)
-        yield name, _place(up, dim, model)
-    elif module in ("embedding.word", "word_copy") or module.split(".")[-1] == "output":
-        yield from _rows(name.replace("word_copy", "embedding.word"), tensor, model, vocab_size)
-    else:
-        yield name, _place(tensor, dim, model)
+    for part, low, high, start, whole in _spans(name, model, vocab_size):
+        a, b = max(low, first), min(high, first + len(tensor))
+        if a >= b:
+            continue
+        view = tensor[a - first : b - first]
+        shape, offset = [whole, *view.shape[1:]], [start + a - low, *[0] * (view.dim() - 1)]
+        if dim is not None and dim > 0:
+            offset[dim] = shape[dim] * model.tp.rank
+            shape[dim] *= model.tp.size
+        yield part, Placed(view, tuple(shape), tuple(offset))
 
 
 def model_state(model: GPT, vocab_size: int) -> dict[str, Placed]:
@@ -37,19 +41,19 @@ def model_state(model: GPT, vocab_size: int) -> dict[str, Placed]:
     }
 
 
-def _place(view: Tensor, dim: int | None, model: GPT) -> Placed:
-    shape, offset = list(view.shape), [0] * view.dim()
-    if dim is not None:
-        offset[dim] = shape[dim] * model.tp.rank
-        shape[dim] *= model.tp.size
-    return Placed(view, tuple(shape), tuple(offset))
-
-
-def _rows(name: str, tensor: Tensor, model: GPT, vocab_size: int) -> Iterator[tuple[str, Placed]]:
-    """A vocabulary matrix: the rows of true ids, and those that only pad it, where this rank has any."""
-    rows, width = tensor.shape
-    start, padded = rows * model.tp.rank, rows * model.tp.size
-    true = min(max(vocab_size - start, 0), rows)
-    yield name, Placed(tensor[:true], (vocab_size, width), (min(start, vocab_size), 0))
-    if padded > vocab_size:
-        yield f"{name}.padding", Placed(tensor[true:], (padded - vocab_size, width), (max(start - vocab_size, 0), 0))
+def _spans(name: str, model: GPT, vocab_size: int) -> Iterator[tuple[str, int, int, int, int]]:
+    """Which rows [low, high) of a rank's parameter are rows from `start` on of a named tensor of `whole` rows."""
+    module, kind = name.rsplit(".", 1)
+    rows, tp = model.get_parameter(name).shape[0], model.tp
+    ranks, rank = (tp.size, tp.rank) if splits(model)[name].dim == 0 else (1, 0)
+    if model.config.gated and module.endswith((".mlp.up", ".branch.up")):
+        half = rows // 2
+        yield f"{module.removesuffix('up')}gate.{kind}", 0, half, half * rank, half * ranks
+        yield name, half, rows, half * rank, half * ranks
+    elif module in ("embedding.word", "word_copy") or module.split(".")[-1] == "output":
+        name, begin, padded = name.replace("word_copy", "embedding.word"), rows * rank, rows * ranks
+        true = min(max(vocab_size - begin, 0), rows)
+        yield name, 0, true, begin, vocab_size
+        yield f"{name}.padding", true, rows, max(begin - vocab_size, 0), padded - vocab_size
+    else:
+        yield name, 0, rows, rows * rank, rows * ranks

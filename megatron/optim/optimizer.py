@@ -38,15 +38,17 @@ class TrainingOptimizer:
         config: OptimizerConfig,
         mesh: Mesh | None = None,
         shared: Shared | None = None,
+        sharded: bool = False,
     ) -> None:
-        """mesh, shared: where the model is spread over ranks, and what they have in common."""
+        """mesh, shared: where the model is spread over ranks, and what they have in common. sharded: each
+        data-parallel rank updates, and keeps state for, its rows of every parameter alone."""
         self.parameters = {name: p for name, p in named_parameters if p.requires_grad}
-        self.sync = GradientSync(mesh or ONE_RANK, self.parameters, shared or Shared())
+        self.sync = GradientSync(mesh or ONE_RANK, self.parameters, shared or Shared(), sharded)
         self.clip_grad = config.clip_grad
-        self.masters = {name: _master(p) for name, p in self.parameters.items()}
+        self.masters = {name: _master(p, self.sync) for name, p in self.parameters.items()}
         self._hooks = [_attach_gradient_buffer(p) for p in self.parameters.values()]
         for name, p in self.parameters.items():
-            self.masters[name].grad = p.main_grad
+            self.masters[name].grad = self.sync.own(p.main_grad)
         groups = [
             {
                 "params": [m for n, m in self.masters.items() if is_decayed(n, m) is decayed],
@@ -78,12 +80,13 @@ class TrainingOptimizer:
         if self.clip_grad > 0:
             factor *= min(1.0, self.clip_grad / (norm + 1e-6))
         if factor != 1.0:
-            torch._foreach_mul_([p.main_grad for p in self.parameters.values()], factor)
+            torch._foreach_mul_([master.grad for master in self.masters.values()], factor)
         for group in self.inner.param_groups:
             group["lr"] = lr
             group["weight_decay"] = weight_decay if group["decayed"] else 0.0
         self.inner.step()
         self._refresh_parameters()
+        self.sync.hand_out()
         return StepResult(True, norm)
 
     def nonfinite_parameters(self) -> list[str]:
@@ -105,19 +108,27 @@ class TrainingOptimizer:
 
     def _refresh_parameters(self) -> None:
         """Round the masters into the 16-bit parameters."""
-        pairs = [(p, self.masters[n]) for n, p in self.parameters.items() if self.masters[n] is not p]
+        pairs = [(self.sync.own(p.detach()), self.masters[n]) for n, p in self._copied()]
         if pairs:
             with torch.no_grad():
                 torch._foreach_copy_([p for p, _ in pairs], [master for _, master in pairs])
 
     def state_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(kind, parameter name, tensor) for all state a checkpoint needs, as live tensors."""
+        """(kind, parameter name, tensor) for all state a checkpoint needs, as live tensors; see `first_row`."""
         for name, master in self.masters.items():
             for kind, value in self.inner.state[master].items():
                 if kind != "step":
                     yield kind, name, value
-            if master is not self.parameters[name]:
-                yield "master", name, master.detach()
+        for name, _ in self._copied():
+            yield "master", name, self.masters[name].detach()
+
+    def first_row(self, name: str) -> int:
+        """From which row of the parameter on this rank has state."""
+        return self.sync.first_row(self.parameters[name])
+
+    def _copied(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters whose masters are copies of their own."""
+        return [(name, p) for name, p in self.parameters.items() if self.masters[name].dtype != p.dtype]
 
     @property
     def steps(self) -> int:
@@ -134,16 +145,16 @@ class TrainingOptimizer:
     def reset_masters(self) -> None:
         """Take masters anew from the parameters, after weights were loaded without optimizer state."""
         with torch.no_grad():
-            for name, p in self.parameters.items():
-                if self.masters[name] is not p:
-                    self.masters[name].copy_(p)
+            for name, p in self._copied():
+                self.masters[name].copy_(self.sync.own(p))
 
 
-def _master(parameter: nn.Parameter) -> nn.Parameter:
-    """The tensor the update works on: the parameter itself, or an fp32 copy of a 16-bit one."""
+def _master(parameter: nn.Parameter, sync: GradientSync) -> nn.Parameter:
+    """The tensor the update works on: the parameter (or this rank's rows of it) itself, or an fp32 copy of a 16-bit
+    one."""
     if parameter.dtype in (torch.float16, torch.bfloat16):
-        return nn.Parameter(parameter.detach().float())
-    return parameter
+        return nn.Parameter(sync.own(parameter.detach()).float())
+    return nn.Parameter(sync.own(parameter.detach())) if sync.sharded else parameter
 
 
 def _attach_gradient_buffer(parameter: nn.Parameter) -> object | None:

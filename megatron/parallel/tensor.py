@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from megatron.parallel.mesh import Mesh
 
 # torch 2.13 renamed them.
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class TensorParallel:
     def start_gather(self, x: Tensor) -> tuple[Tensor, dist.Work]:
         """Begin to `gather`: the result is good once the work is waited for."""
         whole = x.new_empty(x.shape[0] * self.size, *x.shape[1:])
-        return whole, _all_gather(whole, x.contiguous(), group=self.group, async_op=True)
+        return whole, all_gather(whole, x.contiguous(), group=self.group, async_op=True)
 
     def start_reduce(self, x: Tensor) -> tuple[Tensor, dist.Work]:
         """Begin to `reduce`: the result is good once the work is waited for."""
@@ -79,7 +79,7 @@ class TensorParallel:
         if not self.sequence:
             return x, dist.all_reduce(x, group=self.group, async_op=True)
         part = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
-        return part, _reduce_scatter(part, x, group=self.group, async_op=True)
+        return part, reduce_scatter(part, x, group=self.group, async_op=True)
 
 
 ALONE = TensorParallel()

@@ -66,7 +66,8 @@ def one_step(mesh: Mesh, config: RunConfig, dtype: torch.dtype) -> dict[str, Any
 
     def note() -> float:
         for name, parameter in trainer.optimizer.parameters.items():
-            for part, placed in named_parts(name, parameter.main_grad, trainer.model, trainer.vocab_size):
+            own, first = trainer.optimizer.sync.own(parameter.main_grad), trainer.optimizer.first_row(name)
+            for part, placed in named_parts(name, own, trainer.model, trainer.vocab_size, first):
                 gradients[part] = (placed.view.clone(), placed.shape, placed.offset)
         return inner()
 
@@ -74,15 +75,17 @@ def one_step(mesh: Mesh, config: RunConfig, dtype: torch.dtype) -> dict[str, Any
     report = train_step(trainer, batches)
     assert report.applied, report.problem
     torch.set_default_dtype(torch.float32)
-    return {"losses": report.losses, "grad_norm": report.grad_norm, "gradients": gradients}
+    state = checkpoints.state_tensors(trainer)
+    after = {name: (part.view.clone(), part.shape, part.offset) for name, part in state.items()}
+    return {"losses": report.losses, "grad_norm": report.grad_norm, "gradients": gradients, "after": after}
 
 
-def assemble(answers: list[dict[str, Any]]) -> Whole:
-    """The whole model's gradients out of all ranks'; copies must agree with each other."""
+def assemble(answers: list[dict[str, Any]], what: str = "gradients") -> Whole:
+    """The whole model's tensors out of all ranks'; copies must agree with each other."""
     whole: Whole = {}
     filled: dict[str, torch.Tensor] = {}
     for answer in answers:
-        for name, (view, shape, offset) in answer["gradients"].items():
+        for name, (view, shape, offset) in answer[what].items():
             target = whole.setdefault(name, torch.zeros(shape, dtype=view.dtype))
             seen = filled.setdefault(name, torch.zeros(shape, dtype=torch.bool))
             for dim, (start, length) in enumerate(zip(offset, view.shape, strict=True)):

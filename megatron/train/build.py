@@ -49,7 +49,9 @@ def build_trainer(config: RunConfig, backend: Backend | None = None, dtype: torc
     later = defer_weight_gradients(model) if config.parallel.pipeline_schedule == "zb-h1" else None
     shared, optimizer = find_shared(config, model, mesh), None
     if not config.training.skip_train:
-        optimizer = TrainingOptimizer(model.named_parameters(), config.optimizer, mesh, shared)
+        optimizer = TrainingOptimizer(
+            model.named_parameters(), config.optimizer, mesh, shared, config.parallel.use_distributed_optimizer
+        )
     return Trainer(
         config=config,
         mesh=mesh,

@@ -61,7 +61,7 @@ def state_tensors(trainer: Trainer, *, optimizer: bool = True) -> dict[str, Plac
     tensors = {MODEL + name: part for name, part in model_state(model, vocab).items()}
     if optimizer and trainer.optimizer is not None:
         for kind, name, tensor in trainer.optimizer.state_tensors():
-            for part, placed in named_parts(name, tensor, model, vocab):
+            for part, placed in named_parts(name, tensor, model, vocab, trainer.optimizer.first_row(name)):
                 tensors[f"{OPTIMIZER}{kind}/{part}"] = placed
     return tensors
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from megatron.parallel.mesh import ONE_RANK
-from megatron.testing.layouts import assemble, one_step, toy_config
+from megatron.config.run import RunConfig
+from megatron.parallel.mesh import ONE_RANK, Mesh
+from megatron.testing.layouts import assemble, build, one_step, toy_config
 from megatron.testing.ranks import Ranks
 
 GPT = ""
@@ -43,10 +44,13 @@ def compare(
     for answer in answers:
         assert answer["losses"] == pytest.approx(alone["losses"], rel=tolerance)
         assert answer["grad_norm"] == pytest.approx(alone["grad_norm"], rel=tolerance)
-    expected, found = assemble([alone]), assemble(answers)
-    assert expected.keys() == found.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=tolerance, atol=tolerance, msg=name)
+    for what in ("gradients", "after"):
+        expected, found = assemble([alone], what), assemble(answers, what)
+        assert expected.keys() == found.keys()
+        for name, tensor in expected.items():
+            # Adam divides by the root of tiny squares: what differs by rounding there is magnified
+            slack = 1.0 if what == "gradients" else 1e3
+            torch.testing.assert_close(found[name], tensor, rtol=slack * tolerance, atol=slack * tolerance, msg=name)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -73,3 +77,23 @@ SCHEDULES = {
 @pytest.mark.parametrize("model", ["tied", "final_norm", "llama_pre", "mlp", "block"])
 def test_every_schedule(ranks: Ranks, model: str, schedule: str, layout: str) -> None:
     compare(ranks, MODELS[model], LAYOUTS[layout], SCHEDULES[schedule])
+
+
+@pytest.mark.parametrize("layout", ["dp2", "dp4", "tp2dp2", "pp2dp2", "tp2pp2dp2"])
+@pytest.mark.parametrize("model", ["tied", "final_norm", "llama_pre"])
+def test_a_sharded_optimizer(ranks: Ranks, model: str, layout: str) -> None:
+    compare(ranks, MODELS[model], LAYOUTS[layout], "--use-distributed-optimizer")
+
+
+def state_elements(mesh: Mesh, config: RunConfig) -> tuple[int, int]:
+    """Elements of optimizer state on this rank, and of parameters."""
+    trainer = build(mesh, config, torch.float32)
+    state = sum(tensor.numel() for _, _, tensor in trainer.optimizer.state_tensors())
+    return state, sum(parameter.numel() for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("dp", [2, 4])
+def test_a_sharded_optimizer_keeps_its_share_of_the_state(ranks: Ranks, dp: int) -> None:
+    config = toy_config(*MODELS["tied"].split(), "--use-distributed-optimizer")
+    for state, parameters in ranks.run(state_elements, config, dp=dp):
+        assert state <= 1.05 * 2 * parameters / dp
