@@ -93,10 +93,11 @@ class TrainingOptimizer:
         """Names of the parameters whose accumulated gradient is not finite."""
         return [name for name, p in self.parameters.items() if not bool(p.main_grad.isfinite().all())]
 
-    def steepest_parameter(self) -> str:
-        """Name of the parameter with the largest gradient."""
-        norms = torch._foreach_norm([p.main_grad for p in self.parameters.values()])
-        return list(self.parameters)[int(torch.stack(norms).argmax())]
+    def steepest_parameter(self) -> tuple[float, str]:
+        """Norm of the largest gradient of a parameter (of this rank's rows of it), and the parameter's name."""
+        norms = torch.stack(torch._foreach_norm([master.grad for master in self.masters.values()]))
+        place = int(norms.argmax())
+        return float(norms[place]), list(self.masters)[place]
 
     def num_zero_grads(self) -> int:
         """How many gradient entries are exactly zero."""

@@ -63,6 +63,7 @@ def build_trainer(config: RunConfig, backend: Backend | None = None, dtype: torc
         link=PipelineLink.build(mesh) if mesh.size("pp") > 1 else None,
         shared=shared,
         together=Together(mesh.everyone(), mesh.is_main, mesh.world_size),
+        peers=Together(mesh.everyone(), mesh.is_main, mesh.world_size),
         optimizer=optimizer,
         scaler=build_scaler(config),
         lr=build_lr(config, mesh.size("dp")),

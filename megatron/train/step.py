@@ -15,12 +15,11 @@ from megatron.exits.loss import Objective, Share
 from megatron.exits.spec import FINAL, exit_specs
 from megatron.exits.weights import exit_weight
 from megatron.model.stage import TokenBatch
-from megatron.optim.optimizer import TrainingOptimizer
 from megatron.schedule.execute import Step, run
 from megatron.schedule.terms import Terms
 from megatron.train.losses import gather_losses
 from megatron.train.plan import step_plan
-from megatron.train.spikes import loss_name
+from megatron.train.problems import gradient_problem, loss_problem, spike_problem
 from megatron.train.trainer import Trainer
 
 
@@ -59,7 +58,7 @@ def train_step(trainer: Trainer, batches: Sequence[TokenBatch]) -> StepReport:
     scale = trainer.scaler.scale
     lr, weight_decay = trainer.lr.at(progress.optimizer_samples), trainer.weight_decay.at(progress.optimizer_samples)
     guarded = config.training.check_for_nan_in_loss_and_grad or trainer.scaler.dynamic
-    problem = (_find_problem(losses) if guarded else None) or trainer.spikes.loss_problem(losses)
+    problem = (loss_problem(trainer, losses, terms) if guarded else None) or spike_problem(trainer, losses, terms)
     applied, grad_norm, overflow = False, math.nan, False
     if problem is None:
         limit = trainer.spikes.grad_limit()
@@ -70,7 +69,7 @@ def train_step(trainer: Trainer, batches: Sequence[TokenBatch]) -> StepReport:
         if applied:
             trainer.spikes.note(losses, grad_norm)
         else:
-            problem = _gradient_problem(optimizer, grad_norm, limit)
+            problem = gradient_problem(trainer, grad_norm, limit)
     _advance(trainer, batches, applied)
     return StepReport(
         losses={label: sum(values) for label, values in losses.items()},
@@ -79,7 +78,7 @@ def train_step(trainer: Trainer, batches: Sequence[TokenBatch]) -> StepReport:
         grad_norm=grad_norm,
         loss_scale=scale,
         applied=applied,
-        problem=f"{problem} (rank {trainer.mesh.place()})" if problem else None,
+        problem=problem,
         overflow=overflow,
         confidences={label: sum(values) for label, values in confidences.items()},
     )
@@ -116,29 +115,6 @@ def _mean_tokens(trainer: Trainer, batches: Sequence[TokenBatch]) -> Tensor:
     """Unmasked tokens of a microbatch, averaged over the global batch."""
     total = torch.stack([batch.loss_mask.sum() for batch in batches]).sum().clamp(min=1).double()
     return trainer.mesh.sum(total, "dp") / (len(batches) * trainer.mesh.size("dp"))
-
-
-def _find_problem(losses: dict[str, list[float]]) -> str | None:
-    """Which heads and microbatches have a non-finite loss, in words."""
-    places = [
-        f"{loss_name(label)} in microbatch {m}"
-        for label, values in losses.items()
-        for m, value in enumerate(values)
-        if not math.isfinite(value)
-    ]
-    if not places:
-        return None
-    more = f" (and {len(places) - 4} more)" if len(places) > 4 else ""
-    return ", ".join(places[:4]) + more + " is not finite"
-
-
-def _gradient_problem(optimizer: TrainingOptimizer, norm: float, limit: float | None) -> str:
-    """Which parameters' gradients kept a step from being applied, in words."""
-    if math.isfinite(norm):
-        return f"a spike: gradient norm {norm:.4g}, above {limit:.4g}, mostly of {optimizer.steepest_parameter()}"
-    names = optimizer.nonfinite_parameters()
-    more = f" (and of {len(names) - 3} more parameters)" if len(names) > 3 else ""
-    return f"the gradients of {', '.join(names[:3]) or 'all parameters together'} are not finite{more}"
 
 
 def _advance(trainer: Trainer, batches: Sequence[TokenBatch], applied: bool) -> None:

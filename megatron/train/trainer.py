@@ -38,8 +38,8 @@ class Trainer:
     """Everything a step needs. `vocab_size` counts true ids; the model's matrices may be padded beyond it.
 
     partition: all stages of the model; stages: this rank's by index; link: to the other pipeline ranks, if any.
-    shared: what of the parameters other ranks have, too. together: all ranks, as writers of checkpoints. optimizer:
-    None where the run only evaluates.
+    shared: what of the parameters other ranks have, too. together: all ranks, as writers of checkpoints; peers: all
+    ranks, for anything else. optimizer: None where the run only evaluates.
     """
 
     config: RunConfig
@@ -52,6 +52,7 @@ class Trainer:
     link: PipelineLink | None
     shared: Shared
     together: Together
+    peers: Together
     optimizer: TrainingOptimizer | None
     scaler: LossScaler
     lr: LrSchedule
