@@ -38,3 +38,9 @@ class StorageError(EELLMError):
     """Writing failed: disk full, read-only, no permission."""
 
     exit_code = 5
+
+
+class RankLostError(EELLMError):
+    """Another process of the run died, or didn't answer in time."""
+
+    exit_code = 6

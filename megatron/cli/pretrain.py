@@ -34,7 +34,8 @@ def _pretrain(argv: list[str]) -> None:
     config, found = resolve_config(argv)
     trainer = build_trainer(config)
     try:
-        _train(trainer, found)
+        with trainer.mesh.noticing_loss():
+            _train(trainer, found)
     finally:
         trainer.mesh.close()
 

@@ -5,7 +5,8 @@ process groups; everyone else is handed a `Mesh` and asks it.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from megatron.config.parallel import ParallelConfig
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, RankLostError
 from megatron.parallel.backend import Backend
 
 AXES = ("pp", "dp", "tp")  # slowest first
@@ -136,6 +137,21 @@ class Mesh:
         done = work() if self.is_main else None
         dist.barrier()
         return done if self.is_main else work()
+
+    @contextmanager
+    def noticing_loss(self) -> Iterator[None]:
+        """Raise RankLostError where a rank within the block waits in vain for another."""
+        try:
+            yield
+        except RuntimeError as error:
+            text = str(error)
+            if self.world_size == 1 or not (isinstance(error, dist.DistError) or "gloo" in text.lower()):
+                raise
+            reason = text.strip().splitlines()[0][:300]
+            raise RankLostError(
+                f"rank {self.world_rank} ({self.place()}) lost contact with another one, which died or took longer "
+                f"than --distributed-timeout-minutes; its own messages say why ({reason})"
+            ) from error
 
     def close(self) -> None:
         """Leave the process groups; the mesh is of no use afterwards."""
