@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from megatron.config.parallel import ParallelConfig
 from megatron.errors import ConfigError, RankLostError
 from megatron.parallel.backend import Backend
+from megatron.parallel.rendezvous import meet
 
 AXES = ("pp", "dp", "tp")  # slowest first
 
@@ -184,9 +185,12 @@ def _join(config: ParallelConfig, backend: Backend) -> None:
     kinds = f"cpu:gloo,cuda:{backend.process_group}" if backend.is_cuda else backend.process_group
     device = backend.device if backend.is_cuda else None
     try:
-        dist.init_process_group(kinds, timeout=timeout, device_id=device)
+        store, rank, size = meet(timeout)
     except ValueError as error:  # an environment that torchrun did not make
         raise ConfigError(f"WORLD_SIZE asks for several processes, but {error}: start them with torchrun") from error
+    except TimeoutError as error:
+        raise RankLostError(f"the processes of this run did not meet: {error}") from error
+    dist.init_process_group(kinds, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device)
 
 
 def _lines(sizes: Sequence[int], axis: str) -> list[list[int]]:
