@@ -14,6 +14,11 @@ def _tokenizer_uses(*types: str) -> Callable[[RunConfig], bool]:
 _ROWS: tuple[tuple[tuple[str, ...], Callable[[RunConfig], bool], str], ...] = (
     (("sequence_parallel",), lambda c: c.parallel.tensor_model_parallel_size > 1, "with one tensor-parallel rank"),
     (
+        ("num_fill_warmup_microbatches", "num_fill_cooldown_microbatches", "fill_loss_normalization"),
+        lambda c: c.parallel.fill_explicit_bubbles,
+        "without --fill-explicit-bubbles",
+    ),
+    (
         ("save_interval", "keep_last_n_checkpoints", "async_save"),
         lambda c: c.checkpoint.save is not None,
         "without --save",

@@ -52,7 +52,7 @@ ACCEPTED: tuple[Accepted, ...] = (
         "one stage is what always runs",
         1,
         ("1",),
-        "this version trains on one process; use 1",
+        "tuning exits is not in this version yet; use 1",
     ),
     Accepted("--local-rank", "the launcher's environment says it", 1),
     Accepted("--local_rank", "the launcher's environment says it", 1),
@@ -87,14 +87,9 @@ ACCEPTED: tuple[Accepted, ...] = (
 
 # Reason, then the flags it stands for.
 _REFUSED: tuple[tuple[str, str], ...] = (
-    (
-        "needs pipeline stages, and this version trains on one process",
-        "--pipeline-model-parallel-layout --standalone-embedding-stage",
-    ),
-    (
-        "needs tensor-parallel ranks, and this version trains on one process",
-        "--distribute-saved-activations",
-    ),
+    ("stages are of equal depth in this version", "--pipeline-model-parallel-layout"),
+    ("the first stage has the embedding", "--standalone-embedding-stage"),
+    ("recomputed activations are kept whole; use --sequence-parallel", "--distribute-saved-activations"),
     ("tuning exits on a frozen backbone is not in this version yet", "--tune-exit"),
     (
         "not in this version yet",
@@ -161,8 +156,6 @@ _REFUSED: tuple[tuple[str, str], ...] = (
 
 # Values of our own flags that are known and not taken (flag, value) -> reason.
 REFUSED_VALUES: dict[tuple[str, str], str] = {
-    ("--pipeline-schedule", "interleaved"): "needs pipeline stages, and this version trains on one process",
-    ("--pipeline-schedule", "zb-h1"): "needs pipeline stages, and this version trains on one process",
     ("--tokenizer-type", "BertWordPieceLowerCase"): "BERT models are not supported",
     ("--tokenizer-type", "BertWordPieceCase"): "BERT models are not supported",
 }

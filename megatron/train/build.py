@@ -33,6 +33,7 @@ def build_trainer(config: RunConfig, backend: Backend | None = None, dtype: torc
     """
     backend = backend or Backend.choose(config.parallel.distributed_backend)
     mesh = Mesh.build(config.parallel, backend)
+    _check_batch(config, mesh.size("dp"))
     tokenizer = make_tokenizer(config)
     try:
         model = build_model(config, mesh, tokenizer.vocab_size, dtype)
@@ -70,6 +71,22 @@ def build_trainer(config: RunConfig, backend: Backend | None = None, dtype: torc
         weight_decay=build_weight_decay(config, mesh.size("dp")),
         spikes=SpikeWatch(config.training),
     )
+
+
+def _check_batch(config: RunConfig, dp_size: int) -> None:
+    """The rule that needs the number of processes."""
+    training = config.training
+    unit = training.micro_batch_size * dp_size
+    whole = {"--global-batch-size": training.global_batch_size or 0}
+    if training.rampup_batch_size:
+        start, increment, _ = training.rampup_batch_size
+        whole |= {"--rampup-batch-size's first batch": start, "--rampup-batch-size's increment": increment}
+    for name, size in whole.items():
+        if size % unit:
+            raise ConfigError(
+                f"{name} {size} does not divide by --micro-batch-size {training.micro_batch_size} times {dp_size} "
+                "data-parallel ranks: change one of them"
+            )
 
 
 def find_shared(config: RunConfig, model: GPT, mesh: Mesh) -> Shared:

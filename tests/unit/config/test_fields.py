@@ -76,7 +76,7 @@ def test_words(name: str, words: list[str], value: object) -> None:
         ("lr", ["inf"], "not a finite number"),
         ("exit_layer_nums", [], "at least one value"),
         ("normalization", ["BatchNorm"], "not one of LayerNorm, RMSNorm"),
-        ("pipeline_schedule", ["zb-h1"], "needs pipeline stages"),
+        ("pipeline_schedule", ["zb-v"], "not one of 1f1b, gpipe, interleaved, zb-h1"),
     ],
 )
 def test_bad_words(name: str, words: list[str], fault: str) -> None:

@@ -47,10 +47,10 @@ def test_no_file_is_touched() -> None:
 
 def test_faults_of_flags_and_rules_come_together() -> None:
     with pytest.raises(ConfigError) as error:
-        load([*SIZES, "--fill-explicit-bubbles", "--pipeline-model-parallel-size", "4", "--lr", "x"])
+        load([*SIZES, "--fill-explicit-bubbles", "--pipeline-model-parallel-size", "3", "--lr", "x"])
     message = str(error.value)
     assert message.startswith("3 settings need mending:")
-    assert "pipeline-parallel size 4" in message
+    assert "--pipeline-model-parallel-size 3 does not divide" in message
 
 
 def test_absurd_numbers_are_faults_not_crashes() -> None:

@@ -42,7 +42,7 @@ def test_markdown_holds_the_three_classes() -> None:
     text = markdown()
     for title in ("### Honoured", "### Accepted without effect", "### Refused"):
         assert title in text
-    for flag in (*(flag.flag for flag in all_flags()), *accepted(), *refused(), "--pipeline-schedule zb-h1"):
+    for flag in (*(flag.flag for flag in all_flags()), *accepted(), *refused()):
         assert f"`{flag}" in text, flag
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.replace("\\|", "").count("|") for line in rows} == {3}

@@ -13,13 +13,17 @@ from megatron.config.rules import (
     check_training,
 )
 from megatron.config.rules_model import MODEL_RULES
+from megatron.config.rules_parallel import PARALLEL_RULES
 from megatron.config.rules_run import RUN_RULES
 from megatron.config.run import RunConfig
 from megatron.errors import ConfigError
 
 SIZES = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16}
-RULES = {rule.__name__: rule for rule in (*MODEL_RULES, *RUN_RULES)}
+RULES = {rule.__name__: rule for rule in (*MODEL_RULES, *PARALLEL_RULES, *RUN_RULES)}
 EXITS = {"exit_layer_nums": (1, 2)}
+PP2, TP = {"pipeline_model_parallel_size": 2}, {"tensor_model_parallel_size": 2}
+VIRTUAL, SCHEDULE = "num_layers_per_virtual_pipeline_stage", "pipeline_schedule"
+FILL = {**PP2, **EXITS, "fill_explicit_bubbles": True}
 ROPE = {"position_embedding_type": "rope"}
 ITERS = {"train_iters": 10, "lr": 1e-3}
 SAMPLES = {"train_samples": 1000, "lr": 1e-3}
@@ -115,12 +119,38 @@ CASES = [
     ("weights_not_negative", {"exit_layer_weight_init": (-1.0,)}, {}, "--exit-layer-weight-init"),
     ("temperatures_positive", {"exit_layer_temperature": (0.0,)}, {"exit_layer_temperature": (0.1,)}, "got 0"),
     (
-        "one_process",
-        {"tensor_model_parallel_size": 2},
-        {"tensor_model_parallel_size": 1},
-        "tensor-parallel size 2 (--tensor-model-parallel-size): this version trains on one process; use 1",
+        "layers_divide",
+        {"pipeline_model_parallel_size": 3},
+        {"pipeline_model_parallel_size": 2},
+        "--pipeline-model-parallel-size 3 does not divide --num-layers 4",
     ),
-    ("one_process", {"pipeline_model_parallel_size": 4}, {}, "pipeline-parallel size 4"),
+    ("virtual_stages_divide", {**PP2, VIRTUAL: 3}, {**PP2, VIRTUAL: 1}, "3 on 2 pipeline ranks does not divide"),
+    ("virtual_stages_divide", {**PP2, SCHEDULE: "interleaved"}, {**PP2, SCHEDULE: "interleaved", VIRTUAL: 1}, "needs"),
+    ("virtual_stages_divide", {**PP2, SCHEDULE: "zb-h1", VIRTUAL: 1}, {**PP2, SCHEDULE: "zb-h1"}, "one stage a rank"),
+    ("filling", {**FILL, "pipeline_model_parallel_size": 1}, FILL, "--pipeline-model-parallel-size above 1"),
+    ("filling", {**FILL, SCHEDULE: "gpipe"}, FILL, "the bubbles of --pipeline-schedule 1f1b"),
+    ("filling", {**FILL, "calculate_per_token_loss": True}, FILL, "exclude each other"),
+    ("filling", {**FILL, "exit_layer_nums": ()}, FILL, "needs exits"),
+    (
+        "heads_divide",
+        {**TP, "num_attention_heads": 8, "tensor_model_parallel_size": 3},
+        TP,
+        "3 does not divide --num",
+    ),
+    (
+        "heads_divide",
+        {**TP, "group_query_attention": True, "num_query_groups": 1},
+        {**TP, "group_query_attention": True, "num_query_groups": 2},
+        "2 does not divide --num-query-groups 1",
+    ),
+    ("heads_divide", {**TP, "ffn_hidden_size": 33}, {**TP, "ffn_hidden_size": 34}, "(--ffn-hidden-size) 33"),
+    ("vocabulary_divides", {**TP, "padded_vocab_size": 65}, {**TP, "padded_vocab_size": 66}, "--padded-vocab-size 65"),
+    (
+        "sequence_divides",
+        {**TP, "sequence_parallel": True, "seq_length": 15},
+        {**TP, "sequence_parallel": True},
+        "2 does not divide --seq-length 15",
+    ),
     (
         "data_paths_exclude",
         {"data_path": ("a",), "valid_data_path": ("b",)},
