@@ -69,13 +69,14 @@ def save(root: Path, iteration: int, state: RunState, tokenizer_files: Iterable[
     return final
 
 
-def prune(root: Path, keep: int, protected: Container[int] = ()) -> None:
-    """Remove all native checkpoints in `root` but the newest `keep` and the `protected` iterations.
+def prune(root: Path, keep: int, newest: int, protected: Container[int] = ()) -> None:
+    """Remove all native checkpoints up to iteration `newest` in `root` but the last `keep` and the `protected` ones.
 
-    One that can't be removed is said and stays.
+    What lies ahead of `newest` is damaged or another run's: it neither counts nor goes. One that can't be removed is
+    said and stays.
     """
     found = iterations(root)
-    ours = sorted(number for number, checkpoint in found.items() if checkpoint.format == NATIVE)
+    ours = sorted(number for number, it in found.items() if it.format == NATIVE and number <= newest)
     for number in ours[:-keep]:
         if number not in protected:
             try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from megatron.checkpoint.find import NATIVE, iterations
+from megatron.checkpoint.find import NATIVE, checkpoints_in, iterations
 from megatron.config.load import to_dict
 from megatron.data.build import Dataset
 from megatron.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StorageError
@@ -201,11 +201,12 @@ def _guard(session: Session, report: StepReport) -> None:
 
 
 def _last_good(session: Session) -> str:
+    """Where the newest checkpoint known to be good lies, in words, if it is still there."""
     flags, good = session.trainer.config.checkpoint, session.saver.good
     directory = flags.load if good == session.loaded else flags.save
-    if good == 0 or directory is None:
-        return "there is no checkpoint from before"
-    return f"the last checkpoint known to be good is --load {directory} --load-iteration {good}"
+    if good and directory and any(found.iteration == good for found in checkpoints_in(Path(directory))):
+        return f"the last checkpoint known to be good is --load {directory} --load-iteration {good}"
+    return "there is no checkpoint from before"
 
 
 def _evaluate_only(session: Session) -> str:

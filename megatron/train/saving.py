@@ -123,7 +123,7 @@ class Saver:
         self._judge()
         self._failures = 0
         if keep := self._trainer.config.checkpoint.keep_last_n_checkpoints:
-            native.prune(directory.parent, keep, {self.good} if self.good else set())
+            native.prune(directory.parent, keep, iteration, {self.good} if self.good else set())
 
     def _judge(self) -> None:
         if self.saved < self._finite:

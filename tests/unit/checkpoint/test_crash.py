@@ -46,7 +46,7 @@ def cluttered(root: Path) -> None:
 def save_and_tidy(root: Path) -> None:
     """A save that meets clutter, and prunes."""
     save(root, NEW, 2)
-    native.prune(root, 2)
+    native.prune(root, 2, NEW)
 
 
 def points(root: Path, action: Callable[[Path], None]) -> list[str]:
@@ -127,7 +127,7 @@ def test_killed_or_refused_while_it_tidies_up(tmp_path: Path) -> None:
             assert killed(lambda root=root: save_and_tidy(root), f"@{number}:{fault}") == (fault == "die")
             assert_whole(root, {NEW: [2.0]})
             save(root, 7, 7)
-            native.prune(root, 2)
+            native.prune(root, 2, 7)
             assert {path.name for path in root.iterdir()} == {"iter_0000006", "iter_0000007", TRACKER}
             assert_whole(root, {7: [7.0]})
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -101,6 +102,16 @@ def test_a_save_is_put_off_until_a_step_is_finite(runs: Runs, bad_steps, capfd) 
     runs.train("m", save=save, save_interval=4, exit_interval=7)
     assert "saving is put off: skipped steps in a row: 1" in capfd.readouterr().out
     assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000006", "iter_0000007"]
+
+
+def test_a_good_one_that_is_gone_is_not_named(runs: Runs, bad_steps, capfd) -> None:
+    bad_steps(*range(6, 21))
+    save = runs.root / "save"
+    runs.train("m", save=save, save_interval=2, exit_interval=6)
+    for name in ("iter_0000002", "iter_0000004"):
+        shutil.rmtree(save / name)
+    assert main(runs.flags(load=save, save=save, max_nonfinite_steps=3)) == 3
+    assert "there is no checkpoint from before" in capfd.readouterr().err
 
 
 def test_non_finite_gradients_are_named(runs: Runs) -> None:
