@@ -20,7 +20,17 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron import faults
 from megatron.checkpoint import commit
 from megatron.checkpoint.dcp_files import Reader, Writer
-from megatron.checkpoint.find import FACTS, INDEX, NATIVE, TENSORS, TRACKER, format_of, iteration_name, iterations
+from megatron.checkpoint.find import (
+    FACTS,
+    INDEX,
+    NATIVE,
+    TENSORS,
+    TOKENIZER,
+    TRACKER,
+    format_of,
+    iteration_name,
+    iterations,
+)  # fmt: skip
 from megatron.checkpoint.manifest import Description, describe
 from megatron.checkpoint.safe import brief, read_dcp_metadata
 from megatron.checkpoint.state import PADDING, Entry, RunState, check, copy_padding, entries, without
@@ -31,7 +41,6 @@ from megatron.logs import get_logger
 
 _log = get_logger(__name__)
 VERSION = 1
-TOKENIZER = "tokenizer"
 _LARGEST_FACTS = 64 << 20  # bytes
 
 
@@ -41,15 +50,12 @@ def save(root: Path, iteration: int, state: RunState, tokenizer_files: Iterable[
     An older native checkpoint of the same iteration is replaced once the new one is whole. Returns the directory.
 
     Raises:
-        CheckpointError: a directory of this name holds something else, which a save never replaces.
-        StorageError: writing failed; what was there before is untouched.
+        StorageError: writing failed, or a directory of this name holds something else, which a save never replaces;
+            what was there before is untouched.
     """
     final = root / iteration_name(iteration)
-    if final.exists() and format_of(final) != NATIVE:
-        raise CheckpointError(
-            f"{final} exists and is no native checkpoint ({format_of(final) or 'unknown content'}): it is not "
-            "replaced. Give another --save directory, or move it away"
-        )
+    commit.sweep(root)  # first of all: what a killed save left may take the room that this one needs
+    _check_replaceable(final)
     facts = {**state.facts, "format": NATIVE, "format_version": VERSION, "iteration": iteration}
     with commit.staged(final) as staged:
         facts["tokenizer_sha256"] = _copy_files(tokenizer_files, staged.path / TOKENIZER, staged.described)
@@ -65,8 +71,19 @@ def save(root: Path, iteration: int, state: RunState, tokenizer_files: Iterable[
                 no_dist=True,
             )
     commit.replace_file(root / TRACKER, f"{iteration}\n")
-    commit.sweep(root)
     return final
+
+
+def _check_replaceable(final: Path) -> None:
+    try:
+        content = format_of(final) if final.exists() else NATIVE
+    except OSError as error:
+        raise StorageError(f"cannot write {final}: {error}") from error
+    if content != NATIVE:
+        raise StorageError(
+            f"{final} exists and is no native checkpoint ({content or 'unknown content'}): it is not replaced. Give "
+            "another --save directory, or move it away"
+        )
 
 
 def prune(root: Path, keep: int, newest: int, protected: Container[int] = ()) -> None:
@@ -75,7 +92,11 @@ def prune(root: Path, keep: int, newest: int, protected: Container[int] = ()) ->
     What lies ahead of `newest` is damaged or another run's: it neither counts nor goes. One that can't be removed is
     said and stays.
     """
-    found = iterations(root)
+    try:
+        found = iterations(root)
+    except CheckpointError as error:
+        _log.warning("older checkpoints stay: %s", error)
+        return
     ours = sorted(number for number, it in found.items() if it.format == NATIVE and number <= newest)
     for number in ours[:-keep]:
         if number not in protected:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from megatron.checkpoint.find import NATIVE, checkpoints_in, iterations
+from megatron.checkpoint.find import checkpoints_in, foreign, iteration_name, iterations
 from megatron.config.load import to_dict
 from megatron.data.build import Dataset
 from megatron.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StorageError
@@ -106,16 +106,15 @@ def _check_writable(directory: Path) -> None:
 def _say_replaced(directory: Path, iteration: int) -> None:
     """Name what an earlier run left ahead of this one: its checkpoints will be replaced one by one.
 
-    Raises CheckpointError where one is of the other format, which a save never replaces.
+    Raises CheckpointError where something else is in the way, which a save never replaces.
     """
-    found = iterations(directory)
-    ahead = [number for number in found if number > iteration]
-    if foreign := [number for number in ahead if found[number].format != NATIVE]:
-        raise CheckpointError(
-            f"--save {directory} holds iteration {foreign[0]} in Megatron's format, which is never replaced: give "
-            "another --save directory"
-        )
-    if ahead:
+    for number, kind in foreign(directory).items():
+        if number > iteration:
+            what = f"iteration {number} in Megatron's format, which is" if kind else (
+                f"{iteration_name(number)}, which is no checkpoint and"
+            )  # fmt: skip
+            raise CheckpointError(f"--save {directory} holds {what} never replaced: give another --save directory")
+    if ahead := [number for number in iterations(directory) if number > iteration]:
         log.warning("--save %s holds iterations %d to %d of an earlier run: this one starts at %d and replaces those "
                     "that it reaches", directory, min(ahead), max(ahead), iteration)  # fmt: skip
 

@@ -100,7 +100,7 @@ def test_killed_before_every_file_operation(tmp_path: Path, iteration: int) -> N
 def test_a_disk_that_refuses_every_file_operation(tmp_path: Path, iteration: int, fault: str) -> None:
     failed = 0
     save(tmp_path / "count", OLD, 1)
-    for number in range(1, len(points(tmp_path / "count", lambda root: save(root, iteration, 2))) + 1):
+    for number, name in enumerate(points(tmp_path / "count", lambda root: save(root, iteration, 2)), 1):
         root = tmp_path / str(number)
         save(root, OLD, 1)
         try:
@@ -109,8 +109,9 @@ def test_a_disk_that_refuses_every_file_operation(tmp_path: Path, iteration: int
         except StorageError:
             failed += 1
         assert_whole(root, {OLD: [1.0, 2.0], NEW: [2.0]})
-        left = {path.name for path in root.iterdir()} - {TRACKER, "iter_0000005", "iter_0000006"}
-        assert not left
+        if name == "commit.drop_replaced":  # all but that was done; the next save sweeps it
+            save(root, iteration, 2)
+        assert not {path.name for path in root.iterdir()} - {TRACKER, "iter_0000005", "iter_0000006"}
     assert failed > 15
 
 
@@ -118,18 +119,26 @@ def test_killed_or_refused_while_it_tidies_up(tmp_path: Path) -> None:
     """What a killed save left is put back or swept, older checkpoints are pruned: each step may fail or be the last."""
     cluttered(tmp_path / "count")
     names = points(tmp_path / "count", save_and_tidy)
-    tidying = [number for number, name in enumerate(names, 1) if name.startswith("commit.") and number > len(names) - 8]
-    assert {"commit.put_back", "commit.sweep", "commit.sweep_file", "commit.remove", "commit.empty"} <= set(names)
-    for number in tidying:
+    tidying = {"commit.put_back", "commit.sweep", "commit.sweep_file", "commit.remove", "commit.empty"}
+    assert tidying <= set(names)
+    for number in [number for number, name in enumerate(names, 1) if name in tidying]:
         for fault in ("die", "erofs"):
             root = tmp_path / f"{number} {fault}"
             cluttered(root)
             assert killed(lambda root=root: save_and_tidy(root), f"@{number}:{fault}") == (fault == "die")
-            assert_whole(root, {NEW: [2.0]})
+            assert_whole(root, {OLD: [1.0], NEW: [2.0]})
+            before = recognise(root).directory.name
             save(root, 7, 7)
             native.prune(root, 2, 7)
-            assert {path.name for path in root.iterdir()} == {"iter_0000006", "iter_0000007", TRACKER}
+            assert {path.name for path in root.iterdir()} == {before, "iter_0000007", TRACKER}
             assert_whole(root, {7: [7.0]})
+
+
+def test_leftovers_are_swept_before_anything_is_written(tmp_path: Path) -> None:
+    """On a nearly full disk they would leave no room for it."""
+    cluttered(tmp_path / "run")
+    names = points(tmp_path / "run", lambda root: save(root, NEW, 2))
+    assert max(names.index("commit.sweep"), names.index("commit.put_back")) < names.index("commit.make")
 
 
 @pytest.mark.slow
