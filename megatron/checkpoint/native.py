@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron import faults
 from megatron.checkpoint import commit
-from megatron.checkpoint.dcp_files import Reader, Writer
+from megatron.checkpoint.dcp_files import Reader, Writer, go_on_unless
 from megatron.checkpoint.find import (
     FACTS,
     INDEX,
@@ -44,16 +45,23 @@ VERSION = 1
 _LARGEST_FACTS = 64 << 20  # bytes
 
 
-def save(root: Path, iteration: int, state: RunState, tokenizer_files: Iterable[Path] = ()) -> Path:
+def save(
+    root: Path,
+    iteration: int,
+    state: RunState,
+    tokenizer_files: Iterable[Path] = (),
+    given_up: Event | None = None,
+) -> Path:
     """Write `state` as `<root>/iter_<iteration>`, copy the tokenizer's files into it, and point the tracker at it.
 
     An older native checkpoint of the same iteration is replaced once the new one is whole. Returns the directory.
+    Where another thread sets `given_up`, it ends at the next file operation and leaves nothing.
 
     Raises:
-        StorageError: writing failed, or a directory of this name holds something else, which a save never replaces;
-            what was there before is untouched.
+        StorageError: writing failed or was given up, or a directory of this name holds something else, which a save
+            never replaces; what was there before is untouched.
     """
-    final = root / iteration_name(iteration)
+    final, given_up = root / iteration_name(iteration), given_up or Event()
     commit.sweep(root)  # first of all: what a killed save left may take the room that this one needs
     _check_replaceable(final)
     facts = {**state.facts, "format": NATIVE, "format_version": VERSION, "iteration": iteration}
@@ -66,10 +74,11 @@ def save(root: Path, iteration: int, state: RunState, tokenizer_files: Iterable[
         with _dcp_errors(final, writing=True):
             dcp.save(
                 {name: tensor.detach() for name, tensor in state.tensors.items()},
-                storage_writer=Writer(staged.path / TENSORS, staged.described),
+                storage_writer=Writer(staged.path / TENSORS, staged.described, given_up),
                 planner=dcp.DefaultSavePlanner(flatten_state_dict=False),
                 no_dist=True,
             )
+        go_on_unless(given_up)
     commit.replace_file(root / TRACKER, f"{iteration}\n")
     return final
 

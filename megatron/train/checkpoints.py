@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -95,13 +96,13 @@ def capture(trainer: Trainer, snapshot: Snapshot | None = None) -> RunState:
     return RunState(snapshot.take(tensors) if snapshot else tensors, facts(trainer))
 
 
-def write(config: RunConfig, state: RunState, tokenizer_files: Iterable[Path]) -> Path:
-    """Write a native checkpoint under --save; returns its directory.
+def write(config: RunConfig, state: RunState, tokenizer_files: Iterable[Path], given_up: Event | None = None) -> Path:
+    """Write a native checkpoint under --save, unless it is given up; returns its directory.
 
     The config lies in the checkpoint and, for `--config`, as `config.yaml` beside it.
     """
     root = Path(config.checkpoint.save)
-    directory = native.save(root, state.facts["iteration"], state, tokenizer_files)
+    directory = native.save(root, state.facts["iteration"], state, tokenizer_files, given_up)
     save_config(root / "config.yaml", config)
     return directory
 

@@ -1,9 +1,10 @@
 """When a run's checkpoints are written, on which thread, and what happens where the storage refuses."""
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
+from threading import Event
 
 from megatron.checkpoint import native
 from megatron.checkpoint.snapshot import Snapshot
@@ -36,6 +37,7 @@ class Saver:
             self._snapshot = Snapshot(checkpoints.tensors_to_save(trainer), trainer.mesh.backend)
             self._writer = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._writing: tuple[int, Future[Path]] | None = None
+        self._given_up = Event()
         self._due = False
         self._failures = 0
         self._finite = 0
@@ -83,14 +85,16 @@ class Saver:
         self._begin()
         self._collect()
 
+    def give_up(self) -> None:
+        """Nobody waits for a save any more: one that is being written ends at its next file operation."""
+        self._given_up.set()
+
     def close(self) -> None:
         """Wait for a save that is being written, whatever the reason to end is; its failure is said."""
-        if self._writing:
-            self._say("waiting for the checkpoint that is being written")
-            try:
-                self._collect()
-            except StorageError as error:
-                log.error("%s", error)
+        try:
+            self._collect()
+        except StorageError as error:
+            log.error("%s", error)
         if self._writer:
             self._writer.shutdown()
 
@@ -99,7 +103,8 @@ class Saver:
         if not self._active or self.saved == iteration:
             return
         state = checkpoints.capture(self._trainer, self._snapshot)
-        write = partial(checkpoints.write, self._trainer.config, state, self._trainer.tokenizer.files())
+        files = self._trainer.tokenizer.files()
+        write = partial(checkpoints.write, self._trainer.config, state, files, self._given_up)
         if self._writer:
             self._writing = iteration, self._writer.submit(write)
         else:
@@ -113,9 +118,15 @@ class Saver:
             self._failed(error)
 
     def _collect(self) -> None:
-        if self._writing:
-            (iteration, result), self._writing = self._writing, None
-            self._written(iteration, result.result())
+        if not self._writing:
+            return
+        iteration, result = self._writing
+        if not result.done():
+            doing = "giving up" if self._given_up.is_set() else "waiting for"
+            self._say(f"{doing} the checkpoint that is being written")
+            wait([result])  # a second signal may end this: then it is still being written
+        self._writing = None
+        self._written(iteration, result.result())
 
     def _written(self, iteration: int, directory: Path) -> None:
         log.info("saved %s", directory)
