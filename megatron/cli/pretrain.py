@@ -33,8 +33,9 @@ def _pretrain(argv: list[str]) -> None:
     parameters = sum(p.numel() for p in trainer.model.parameters())
     log.info("model: %s parameters on %s (tp=1 pp=1 dp=1)", f"{parameters:,}", trainer.mesh.backend.name())
     checkpoints.start(trainer, found)
-    with StopSignal(), reported(trainer) as status:  # a signal that comes as the run ends changes nothing any more
-        status.reason = train(trainer, status.started)
+    # A signal that comes as the run ends changes nothing any more.
+    with StopSignal() as stop, reported(trainer) as status:
+        status.reason = train(trainer, stop, status.started)
     log.info("run ended: %s", status.reason)
 
 

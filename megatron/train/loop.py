@@ -44,31 +44,34 @@ class Session:
     bad_steps: int = 0
 
 
-def train(trainer: Trainer, started: Callable[[], None] = lambda: None) -> str:
+def train(trainer: Trainer, stop: StopSignal | None = None, started: Callable[[], None] = lambda: None) -> str:
     """Run until the end of training or a reason to stop; returns that reason in words.
 
-    `started` is called once data and places for results are known to be good, before the first step.
+    `stop` is asked at each step's border: whoever opened it knows of signals that came before. `started` is called
+    once data and places for results are known to be good, before the first step.
 
     The trainer must have its values (`checkpoints.start`). Raises NonFiniteError after too many bad steps in a row.
     """
-    with StopSignal() as stop:
-        session = _open(trainer, stop)
-        started()
-        try:
-            if trainer.config.training.skip_train:
-                return _evaluate_only(session)
-            _say_if_done(session)
-            reason = _steps(session)
-            if reason == "finished":
-                _final_evaluation(session)
-            return reason
-        except DataError:
-            session.saver.finish()  # the state is that of the last whole step
-            raise
-        finally:
-            session.saver.close()
-            session.console.close()
-            session.reporter.close()
+    session = _open(trainer, stop or StopSignal())
+    started()
+    try:
+        if trainer.config.training.skip_train:
+            return _evaluate_only(session)
+        _say_if_done(session)
+        reason = _steps(session)
+        if reason == "finished":
+            _final_evaluation(session)
+        return reason
+    except DataError:
+        session.saver.finish()  # the state is that of the last whole step
+        raise
+    except KeyboardInterrupt:
+        session.saver.give_up()
+        raise
+    finally:
+        session.saver.close()
+        session.console.close()
+        session.reporter.close()
 
 
 def _open(trainer: Trainer, stop: StopSignal) -> Session:
