@@ -141,21 +141,57 @@ def test_leftovers_are_swept_before_anything_is_written(tmp_path: Path) -> None:
     assert max(names.index("commit.sweep"), names.index("commit.put_back")) < names.index("commit.make")
 
 
-@pytest.mark.slow
-def test_killed_at_200_random_moments(tmp_path: Path) -> None:
-    root, draw = tmp_path / "run", random.Random(1)
-    save(root, 1, 1)
-    hits = 0
-    for iteration in range(2, 202):
-        child = os.fork()
-        if child == 0:
+def killed_within(root: Path, iteration: int, seconds: float | None) -> bool:
+    """A child that has begun to save (and prunes after it) is killed after that time; whether it was still at it."""
+    begun, begin = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(begin, b".")
             save(root, iteration, float(iteration))
+            native.prune(root, 2, iteration)
+        finally:
             os._exit(0)
-        time.sleep(draw.uniform(0, 0.05))
+    os.read(begun, 1)
+    if seconds is not None:
+        time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
-        hits += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
-        found = recognise(root)
-        assert_whole(root, {found.iteration: [float(found.iteration)]})
-    save(root, 300, 300)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.close(begun), os.close(begin)
+    return code == -signal.SIGKILL
+
+
+def kill_at_random(root: Path, hits: int, draw: random.Random) -> None:
+    """Until so many kills have met a save: what is found is step k, or the one that was found before, and whole."""
+    save(root, 1, 1)
+    begin = time.monotonic()
+    for iteration in range(2, 7):
+        assert not killed_within(root, iteration, None)
+    seconds = (time.monotonic() - begin) / 5
+    while hits:
+        iteration, before = iteration + 1, recognise(root).iteration
+        killed = killed_within(root, iteration, draw.uniform(0, seconds))
+        hits -= killed
+        found = recognise(root).iteration
+        assert found in ((before, iteration) if killed else (iteration,))
+        assert_whole(root, {found: [float(found)]})
+    save(root, iteration + 1, 1)
     assert not [path for path in root.iterdir() if "-" in path.name or path.name.endswith(".tmp")]
-    assert hits > 50
+
+
+@pytest.fixture
+def in_many_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor in a file of its own."""
+    monkeypatch.setattr("megatron.checkpoint.dcp_files._FULL_FILE", 1 << 10)
+
+
+@pytest.mark.usefixtures("in_many_files")
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    kill_at_random(tmp_path / "run", 10, random.Random(1))
+    assert len(list((recognise(tmp_path / "run").directory / "tensors").glob("*.distcp"))) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_many_files")
+def test_killed_at_200_random_moments(tmp_path: Path) -> None:
+    kill_at_random(tmp_path / "run", 200, random.Random(2))
