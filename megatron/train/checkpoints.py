@@ -190,6 +190,7 @@ def _restore_progress(trainer: Trainer, about: dict[str, Any]) -> None:
     progress.optimizer_samples = about.get("optimizer_samples", legacy_steps)
     progress.skipped_steps = about.get("skipped_steps", 0)
     progress.run = about.get("run", 0) + 1
+    progress.good = about.get("good", 0)
 
 
 def _restore_schedules(trainer: Trainer, about: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron.checkpoint.find import checkpoints_in, foreign, iteration_name, iterations
 from megatron.config.load import to_dict
+from megatron.config.run import CheckpointConfig, RunConfig
 from megatron.data.build import Dataset
 from megatron.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StorageError
 from megatron.logs import get_logger
@@ -63,7 +64,7 @@ def train(trainer: Trainer, stop: StopSignal | None = None, started: Callable[[]
             _final_evaluation(session)
         return reason
     except DataError:
-        session.saver.finish()  # the state is that of the last whole step
+        _save_what_there_is(session)
         raise
     except KeyboardInterrupt:
         session.saver.give_up()
@@ -74,6 +75,14 @@ def train(trainer: Trainer, stop: StopSignal | None = None, started: Callable[[]
         session.reporter.close()
 
 
+def _save_what_there_is(session: Session) -> None:
+    """The data broke: the state is that of the last whole step. A disk that refuses hides no other error."""
+    try:
+        session.saver.finish(session.bad_steps)
+    except StorageError as error:
+        log.error("%s", error)
+
+
 def _open(trainer: Trainer, stop: StopSignal) -> Session:
     config, iteration = trainer.config, trainer.progress.iteration
     datasets = make_datasets(trainer)
@@ -81,7 +90,7 @@ def _open(trainer: Trainer, stop: StopSignal) -> Session:
         raise ConfigError("there is no training data: see --split, --data-path and --train-data-path")
     if config.checkpoint.save and not config.training.skip_train:
         _check_writable(Path(config.checkpoint.save))
-        _say_replaced(Path(config.checkpoint.save), iteration)
+        _say_replaced(config.checkpoint, iteration)
     trainer.progress.run = max(trainer.progress.run, next_run(config.logging.metrics_file))
     console = Console(trainer, _last_iteration(trainer))
     return Session(
@@ -106,11 +115,12 @@ def _check_writable(directory: Path) -> None:
         raise StorageError(f"--save {directory}: {error.strerror}; give a directory that can be written to") from error
 
 
-def _say_replaced(directory: Path, iteration: int) -> None:
+def _say_replaced(flags: CheckpointConfig, iteration: int) -> None:
     """Name what an earlier run left ahead of this one: its checkpoints will be replaced one by one.
 
     Raises CheckpointError where something else is in the way, which a save never replaces.
     """
+    directory = Path(flags.save)
     for number, kind in foreign(directory).items():
         if number > iteration:
             what = f"iteration {number} in Megatron's format, which is" if kind else (
@@ -120,6 +130,9 @@ def _say_replaced(directory: Path, iteration: int) -> None:
     if ahead := [number for number in iterations(directory) if number > iteration]:
         log.warning("--save %s holds iterations %d to %d of an earlier run: this one starts at %d and replaces those "
                     "that it reaches", directory, min(ahead), max(ahead), iteration)  # fmt: skip
+        if flags.load_iteration:
+            log.warning("a restart without --load-iteration takes iteration %d: give a new --save directory to keep "
+                        "this run apart", max(ahead))  # fmt: skip
 
 
 def _last_iteration(trainer: Trainer) -> int:
@@ -153,7 +166,7 @@ def _steps(session: Session) -> str:
         watch.lap()  # evaluation and saving are not step time
         if reason:
             return reason
-    session.saver.finish()
+    session.saver.finish(session.bad_steps)
     return "finished"
 
 
@@ -165,7 +178,7 @@ def _after_step(session: Session) -> str | None:
         _evaluate(session, "valid", session.datasets.valid, iteration // training.eval_interval - 1)
     reason = _reason_to_stop(session)
     if reason:
-        session.saver.finish()
+        session.saver.finish(session.bad_steps)
         session.console.say(f"stopping after iteration {iteration}: {reason}")
     return reason
 
@@ -198,17 +211,30 @@ def _guard(session: Session, report: StepReport) -> None:
     if session.bad_steps >= limit:
         raise NonFiniteError(
             f"{limit} steps in a row were skipped (last: {report.problem}); {_last_good(session)}. "
-            "Lower --lr, raise --lr-warmup-iters, or train in bf16/fp32"
+            f"{_advice(trainer.config)}"
         )
 
 
 def _last_good(session: Session) -> str:
     """Where the newest checkpoint known to be good lies, in words, if it is still there."""
-    flags, good = session.trainer.config.checkpoint, session.saver.good
-    directory = flags.load if good == session.loaded else flags.save
+    flags, good = session.trainer.config.checkpoint, session.trainer.progress.good
+    directory = flags.load if good <= session.loaded else flags.save
     if good and directory and any(found.iteration == good for found in checkpoints_in(Path(directory))):
-        return f"the last checkpoint known to be good is --load {directory} --load-iteration {good}"
+        return (
+            f"the last checkpoint known to be good is --load {directory} --load-iteration {good}. Go on from it with a "
+            "new --save directory: in this one a restart would take the newest"
+        )
     return "there is no checkpoint from before"
+
+
+def _advice(config: RunConfig) -> str:
+    """What may keep steps from being skipped."""
+    mends = ["Lower --lr", "raise --lr-warmup-iters"]
+    if config.training.check_for_spiky_loss or config.training.check_for_large_grads:
+        mends.append("raise --spike-factor")
+    if config.precision.fp16:
+        mends.append("train in bf16 or fp32")
+    return f"{', '.join(mends[:-1])}, or {mends[-1]}"
 
 
 def _evaluate_only(session: Session) -> str:

@@ -24,8 +24,8 @@ class Saver:
     With --async-save a thread writes a copy of the state: the run waits for the copy alone, and for an earlier save
     that is still being written. A failed save is survived, but not three in a row.
 
-    saved: iteration of the newest whole checkpoint, or that the run began at; good: of the newest one whose weights
-    are known to give finite losses (0: none).
+    saved: iteration of the newest whole checkpoint, or that the run began at. The newest one whose weights are known to
+    give finite losses is noted in the run's progress, and never removed.
     """
 
     def __init__(self, trainer: Trainer, say: Callable[[str], None]) -> None:
@@ -42,7 +42,6 @@ class Saver:
         self._failures = 0
         self._finite = 0
         self.saved = trainer.progress.iteration
-        self.good = 0
 
     @property
     def writing(self) -> bool:
@@ -76,12 +75,15 @@ class Saver:
         except StorageError as error:
             self._failed(error)
 
-    def finish(self) -> None:
+    def finish(self, bad_steps: int = 0) -> None:
         """Save unless this iteration is saved (a skipped step changed no weights), and wait until all is on disk.
 
-        Raises StorageError where that fails.
+        Even after `bad_steps` skipped steps in a row: that is said. Raises StorageError where saving fails.
         """
         self._settle()
+        if bad_steps and self._active and self.saved != self._trainer.progress.iteration:
+            self._say(f"the last {bad_steps} steps were skipped: the weights that are saved now gave no finite loss, "
+                      "or a spike")  # fmt: skip
         self._begin()
         self._collect()
 
@@ -134,11 +136,11 @@ class Saver:
         self._judge()
         self._failures = 0
         if keep := self._trainer.config.checkpoint.keep_last_n_checkpoints:
-            native.prune(directory.parent, keep, iteration, {self.good} if self.good else set())
+            native.prune(directory.parent, keep, iteration, {self._trainer.progress.good})
 
     def _judge(self) -> None:
         if self.saved < self._finite:
-            self.good = self.saved
+            self._trainer.progress.good = self.saved
 
     def _failed(self, error: StorageError) -> None:
         self._failures += 1

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron import faults
 from megatron.checkpoint.find import recognise
 from megatron.cli.pretrain import main
 from megatron.config.model import ModelConfig
@@ -228,6 +229,10 @@ def test_data_that_break_mid_run_leave_a_checkpoint(runs: Runs, capfd, monkeypat
 
     monkeypatch.setattr(GPTDataset, "__getitem__", broken)
     save = runs.root / "save"
+    with faults.armed("native.facts:enospc"):  # a full disk doesn't hide the reason
+        assert main(runs.flags(save=save)) == 2
+    out, error = capfd.readouterr()
+    assert "byte 123" in error and "No space left" in out + error
     assert main(runs.flags(save=save)) == 2
     assert "byte 123" in capfd.readouterr().err
     assert recognise(save).iteration == 3
@@ -265,7 +270,19 @@ def test_other_flags_on_resume_are_said(runs: Runs, capfd) -> None:
 def test_an_earlier_run_ahead_of_this_one_is_said(runs: Runs, capfd) -> None:
     runs.train("first", save=runs.root / "save", exit_interval=4)
     runs.train("second", save=runs.root / "save", exit_interval=2)
-    assert "holds iterations 4 to 4 of an earlier run: this one starts at 0" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "holds iterations 4 to 4 of an earlier run: this one starts at 0" in out and "--load-iteration" not in out
+
+
+def test_rewinding_in_place_is_advised_against(runs: Runs, capfd) -> None:
+    save = runs.root / "save"
+    runs.train("m", save=save, save_interval=5)
+    runs.train("m", load=save, save=save, load_iteration=10, exit_interval=11)
+    assert (
+        "a restart without --load-iteration takes iteration 20: give a new --save directory" in capfd.readouterr().out
+    )
+    runs.train("m", load=save, save=runs.root / "new", load_iteration=10, exit_interval=11)
+    assert "--save directory" not in capfd.readouterr().out
 
 
 def test_nothing_left_to_train_is_said(runs: Runs, capfd) -> None:
