@@ -48,7 +48,7 @@ class Session:
 def train(trainer: Trainer, stop: StopSignal | None = None, started: Callable[[], None] = lambda: None) -> str:
     """Run until the end of training or a reason to stop; returns that reason in words.
 
-    `stop` is asked at each step's border: whoever opened it knows of signals that came before. `started` is called
+    `stop`, opened by the caller, is asked at each step's border; without it nobody heeds signals. `started` is called
     once data and places for results are known to be good, before the first step.
 
     The trainer must have its values (`checkpoints.start`). Raises NonFiniteError after too many bad steps in a row.

@@ -97,8 +97,9 @@ class Saver:
             self._collect()
         except StorageError as error:
             log.error("%s", error)
-        if self._writer:
-            self._writer.shutdown()
+        finally:
+            if self._writer:
+                self._writer.shutdown()
 
     def _begin(self) -> None:
         iteration = self._trainer.progress.iteration
@@ -126,7 +127,11 @@ class Saver:
         if not result.done():
             doing = "giving up" if self._given_up.is_set() else "waiting for"
             self._say(f"{doing} the checkpoint that is being written")
-            wait([result])  # a second signal may end this: then it is still being written
+            try:
+                wait([result])
+            except KeyboardInterrupt:
+                self.give_up()
+                raise
         self._writing = None
         self._written(iteration, result.result())
 

@@ -152,12 +152,13 @@ def killed_within(root: Path, iteration: int, seconds: float | None) -> bool:
             native.prune(root, 2, iteration)
         finally:
             os._exit(0)
+    os.close(begin)
     os.read(begun, 1)
     if seconds is not None:
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    os.close(begun), os.close(begin)
+    os.close(begun)
     return code == -signal.SIGKILL
 
 

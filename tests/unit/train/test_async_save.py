@@ -107,21 +107,29 @@ def test_one_that_is_given_up_leaves_nothing(runs: Runs, caplog: pytest.LogCaptu
         assert not list((runs.root / "save").glob("iter_*"))
 
 
-def test_an_interrupted_wait_knows_that_it_is_being_written(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("waiting", ["after_step", "finish", "close"])
+def test_an_interrupted_wait_gives_it_up(runs: Runs, monkeypatch: pytest.MonkeyPatch, waiting: str) -> None:
+    """Whatever the run was waiting for; closing waits until the thread has tidied up."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
     saver, step, said = saver_of(runs, save_interval=1)
     with faults.armed("native.facts:delay=0.5"):
         step(), saver.after_step(0)
+        step()
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr("threading.Event.wait", interrupted)
-            saver.finish()
-        assert saver.writing
+            patched.setattr("megatron.train.saving.wait", interrupted)
+            saver.after_step(0) if waiting == "after_step" else getattr(saver, waiting)()
+        assert saver.writing == (waiting != "close")
         saver.close()
-    assert said == ["waiting for the checkpoint that is being written"] * 2 and not saver.writing
-    assert recognise(runs.root / "save").iteration == 1
-
-
-def interrupted(*_: object) -> None:
-    raise KeyboardInterrupt
+    assert (
+        said
+        == [f"{doing} the checkpoint that is being written" for doing in ("waiting for", "giving up")][
+            : 1 if waiting == "close" else 2
+        ]
+    )
+    assert not saver.writing and not list((runs.root / "save").glob("iter_*"))
 
 
 def test_one_set_of_buffers_for_all_saves() -> None:
