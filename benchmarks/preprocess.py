@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import random
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 
-from report import Figure, arguments, finish, ratio
+from report import Figure, arguments, finish, ratios
 
 from megatron.cli.train_tokenizer import main as train_tokenizer
 
@@ -112,10 +111,10 @@ def speed(corpus: Path, tokenizer: Path, out: Path, rounds: int, workers: int) -
         mapping.append(map_seconds)
     whole = [a + b for a, b in zip(reading, mapping, strict=True)]
     return [
-        Figure(f"tokens/s, {workers} workers", tokens / statistics.median(mine)),
-        Figure("tokens/s, datasets.map alone", tokens / statistics.median(mapping)),
-        Figure("tokens/s / datasets.map alone", ratio(mapping, mine), "x", 1.0),
-        Figure("tokens/s / datasets, reading and map", ratio(whole, mine), "x"),
+        Figure.of(f"tokens/s, {workers} workers", [tokens / seconds for seconds in mine]),
+        Figure.of("tokens/s, datasets.map alone", [tokens / seconds for seconds in mapping]),
+        Figure.of("tokens/s / datasets.map alone", ratios(mapping, mine), "x", 1.0),
+        Figure.of("tokens/s / datasets, reading and map", ratios(whole, mine), "x"),
     ]
 
 

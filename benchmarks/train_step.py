@@ -4,12 +4,13 @@ On the CPU in fp32; each contestant takes a step in turn, figures are medians of
 1.3B model in bf16 with and without two exits, against the rate that a large matrix product reaches there.
 """
 
+import gc
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from report import Figure, alternate, arguments, finish, ratio
+from report import Figure, alternate, arguments, finish, ratios
 
 from megatron.config.data import TokenizerConfig
 from megatron.config.model import ExitConfig, ModelConfig
@@ -114,13 +115,16 @@ def cpu_figures(shape: Shape, rounds: int) -> list[Figure]:
     seconds = alternate(contestants, rounds)
     tokens = shape.batch * shape.length
     figures = [
-        Figure(f"tokens/s with {count} exits", tokens / statistics.median(seconds[str(count)])) for count in range(4)
+        Figure.of(f"tokens/s with {count} exits", [tokens / s for s in seconds[str(count)]]) for count in range(4)
     ]
     for count in range(1, 4):
-        relative = ratio(seconds[str(count)], seconds["0"]) / prediction(shape, count)
-        figures.append(Figure(f"step with {count} exits / FLOP prediction", relative, "x", 1.05, at_least=False))
-    faster = ratio(seconds["transformers"], seconds["0"]) if theirs else None
-    return [*figures, Figure("tokens/s without exits / transformers", faster, "x", 1.10)]
+        predicted = prediction(shape, count)
+        relative = [found / predicted for found in ratios(seconds[str(count)], seconds["0"])]
+        figures.append(Figure.of(f"step with {count} exits / FLOP prediction", relative, "x", 1.05, at_least=False))
+    name = "tokens/s without exits / transformers"
+    if not theirs:
+        return [*figures, Figure(name, None, "x", 1.10)]
+    return [*figures, Figure.of(name, ratios(seconds["transformers"], seconds["0"]), "x", 1.10)]
 
 
 def memory_figures(shape: Shape) -> list[Figure]:
@@ -142,26 +146,29 @@ def gpu_figures(shape: Shape, exits: tuple[int, ...], rounds: int) -> list[Figur
     names = ("GPU: model FLOP/s with 2 exits / matmul ceiling", "GPU: step with 2 exits / FLOP prediction")
     if not torch.cuda.is_available():
         return [Figure(names[0], None, "x", 0.5), Figure(names[1], None, "x", 1.02, at_least=False)]
-    seconds, ceiling = large_model(shape, exits, rounds, Backend.choose("nccl"))
+    seconds, ceiling, peaks = large_model(shape, exits, rounds, Backend.choose("nccl"))
     flops = training_flops_per_token(shape.config(), ExitConfig(exit_layer_nums=exits), shape.vocab)
-    rate = flops * shape.batch * shape.length / statistics.median(seconds["with exits"])
-    relative = ratio(seconds["with exits"], seconds["without"]) / prediction(shape, len(exits))
+    work, predicted = flops * shape.batch * shape.length, prediction(shape, len(exits))
+    relative = [found / predicted for found in ratios(seconds["with exits"], seconds["without"])]
     return [
         Figure("GPU: matmul ceiling", ceiling / 1e12, "TFLOP/s"),
-        Figure(names[0], rate / ceiling, "x", 0.5),
-        Figure(names[1], relative, "x", 1.02, at_least=False),
-        Figure("GPU: peak memory", torch.cuda.max_memory_allocated() / 1e9, "GB"),
+        Figure.of(names[0], [work / spent / ceiling for spent in seconds["with exits"]], "x", 0.5),
+        Figure.of(names[1], relative, "x", 1.02, at_least=False),
+        *(Figure(f"GPU: peak memory {name}", peak / 1e9, "GB") for name, peak in peaks.items()),
     ]
 
 
 def large_model(
     shape: Shape, exits: tuple[int, ...], rounds: int, backend: Backend, side: int = 8192
-) -> tuple[dict[str, list[float]], float]:
-    """Seconds of steps with and without exits, in turns; FLOP/s of a square matrix product of that side in bf16."""
-    steps = {
-        "without": our_step(shape, (), backend, bf16=True),
-        "with exits": our_step(shape, exits, backend, bf16=True),
-    }
+) -> tuple[dict[str, list[float]], float, dict[str, int]]:
+    """Seconds of steps with and without exits, in turns; FLOP/s of a square matrix product of that side in bf16; and
+    the most bytes that each took while it was alone."""
+    variants = {"without": (), "with exits": exits}
+    peaks = {}
+    for name, numbers in variants.items():
+        gc.collect()  # the one before holds on to itself
+        peaks[name] = peak_memory(our_step(shape, numbers, backend, bf16=True))
+    steps = {name: our_step(shape, numbers, backend, bf16=True) for name, numbers in variants.items()}
     seconds = alternate(steps, rounds)
     matrix = torch.randn(side, side, device=backend.device, dtype=torch.bfloat16)
 
@@ -170,7 +177,14 @@ def large_model(
             torch.mm(matrix, matrix)
         backend.synchronize()
 
-    return seconds, 10 * 2 * side**3 / statistics.median(alternate({"": multiply}, rounds)[""])
+    return seconds, 10 * 2 * side**3 / statistics.median(alternate({"": multiply}, rounds)[""]), peaks
+
+
+def peak_memory(step: Callable[[], None]) -> int:
+    """Most bytes on the GPU during two steps."""
+    torch.cuda.reset_peak_memory_stats()
+    step(), step()
+    return torch.cuda.max_memory_allocated()
 
 
 def main() -> int:

@@ -2,7 +2,7 @@
 
 `EE_LLM_FAULTS` arms them for a whole process, `armed` for a block: words separated by blanks, each `NAME:ACTION` (every
 passing of that point), `NAME@N:ACTION` (its Nth, from 1) or `@N:ACTION` (the Nth passing of any point). Actions: `die`
-(SIGKILL), `stop` (SIGSTOP), `raise`, `enospc`, `erofs`, `delay=SECONDS`.
+(SIGKILL), `raise`, `enospc`, `erofs`, `delay=SECONDS`.
 """
 
 import errno
@@ -80,8 +80,8 @@ def _meet(plan: _Plan, name: str) -> None:
 
 def _act(action: str, name: str) -> None:
     kind, _, value = action.partition("=")
-    if kind in ("die", "stop"):
-        os.kill(os.getpid(), signal.SIGKILL if kind == "die" else signal.SIGSTOP)
+    if kind == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
     elif kind == "delay":
         time.sleep(float(value))
     elif kind in ("enospc", "erofs"):
@@ -96,7 +96,7 @@ def _parse(words: str) -> _Plan:
     for word in words.split():
         place, colon, action = word.partition(":")
         name, _, number = place.partition("@")
-        assert colon and action.partition("=")[0] in ("die", "stop", "raise", "enospc", "erofs", "delay"), word
+        assert colon and action.partition("=")[0] in ("die", "raise", "enospc", "erofs", "delay"), word
         arms.append((name, int(number or 0), action))
     return _Plan(arms)
 

@@ -93,8 +93,15 @@ def sweep(root: Path) -> None:
     """Remove what killed saves left in `root`; what was moved aside and never replaced gets its name back.
 
     What can't be removed now is left to the next save.
+
+    Raises:
+        StorageError: what lies in `root` cannot be listed.
     """
-    for path in sorted(root.iterdir()) if root.is_dir() else ():
+    try:
+        paths = sorted(root.iterdir()) if root.is_dir() else []
+    except OSError as error:
+        raise StorageError(f"cannot list {root}: {error}") from error
+    for path in paths:
         match = _ASIDE.fullmatch(path.name)
         with suppress(OSError):
             if match and match["kind"] == "replaced" and not (root / match["name"]).exists():

@@ -4,7 +4,7 @@ import errno
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,12 +34,12 @@ class Writer(dcp.FileSystemWriter):
     """Cuts a rank's tensors into a few files of like size, writes some at a time, and flushes each when it is done.
 
     Leaves out the identity of the save and its path: the same state gives the same index. `described` receives what
-    was written, file by file.
+    was written, file by file. Once `given_up` is set the next file operation fails.
     """
 
-    def __init__(self, path: Path, described: dict[Path, Description]) -> None:
+    def __init__(self, path: Path, described: dict[Path, Description], given_up: Event) -> None:
         super().__init__(path, overwrite=False, sync_files=False)
-        self.fs = _HashingFileSystem(described)
+        self.fs = _HashingFileSystem(described, given_up)
 
     def storage_meta(self) -> None:
         return None
@@ -57,7 +57,7 @@ class Writer(dcp.FileSystemWriter):
             try:
                 results = [result for part in pool.map(write, range(len(parts))) for result in part]
             except BaseException:  # a second signal, or a full disk: nobody wants the rest
-                self.fs.give_up()
+                self.fs.failed.set()
                 raise
         return _done(results)
 
@@ -103,28 +103,32 @@ class _Part(_ReaderView):
 
 
 class _HashingFileSystem(FileSystem):
-    """Torch's, with a fault point before each operation, and a hash of each file it writes."""
+    """Torch's, with a fault point before each operation, and a hash of each file it writes.
 
-    def __init__(self, described: dict[Path, Description]) -> None:
+    Once `failed` or `given_up` is set the next write of every stream fails.
+    """
+
+    def __init__(self, described: dict[Path, Description], given_up: Event) -> None:
         super().__init__()
         self._described = described
-        self._given_up = Event()
+        self._given_up, self.failed = given_up, Event()
 
-    def give_up(self) -> None:
-        """The next write of every stream fails."""
-        self._given_up.set()
+    def _check(self) -> None:
+        go_on_unless(self._given_up)
+        go_on_unless(self.failed)
 
     @contextmanager
     def create_stream(self, path: Path, mode: str) -> Iterator[Any]:
         faults.point("tensors.open")
         with super().create_stream(path, mode) as stream:
-            hashed = _Hashed(faults.watched(stream, "tensors.write"), self._given_up)
+            hashed = _Hashed(faults.watched(stream, "tensors.write"), self._check)
             try:
                 yield hashed
             except Exception:
                 if hashed.failure:  # torch's zip writer reports it as an error of its own
                     raise hashed.failure from None
                 raise
+        self._check()
         flush(path)
         self._described[path] = hashed.description()
 
@@ -141,16 +145,15 @@ class _HashingFileSystem(FileSystem):
 class _Hashed:
     """A stream that is only ever appended to, and the hash of what went into it."""
 
-    def __init__(self, stream: Any, given_up: Event) -> None:
-        self._stream, self._given_up, self._digest, self._size = stream, given_up, hashlib.sha256(), 0
+    def __init__(self, stream: Any, check: Callable[[], None]) -> None:
+        self._stream, self._check, self._digest, self._size = stream, check, hashlib.sha256(), 0
         self.failure: OSError | None = None
 
     def write(self, content: Any) -> int:
-        if self._given_up.is_set():
-            raise OSError(errno.ECANCELED, "the save was given up")
-        self._digest.update(content)
-        self._size += len(content)
         try:
+            self._check()
+            self._digest.update(content)
+            self._size += len(content)
             return self._stream.write(content)
         except OSError as error:
             self.failure = self.failure or error
@@ -161,6 +164,12 @@ class _Hashed:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def go_on_unless(given_up: Event) -> None:
+    """Raise the OSError that ends a save which nobody wants any more."""
+    if given_up.is_set():
+        raise OSError(errno.ECANCELED, "the save was given up")
 
 
 def _cut(items: list[WriteItem]) -> list[list[WriteItem]]:

@@ -1,6 +1,8 @@
 """Which checkpoint lies in a directory: format by content, the newest whole one, the tracker file as a mere hint."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,11 +20,13 @@ MEGATRON: Literal["megatron"] = "megatron"
 FACTS = "facts.json"
 TENSORS = "tensors"
 INDEX = f"{TENSORS}/.metadata"
+TOKENIZER = "tokenizer"
 LEGACY_FILE = "model_optim_rng.pt"
 RANK_DIRECTORY = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(_\d{3,})?")
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 
+_OURS = {MANIFEST, FACTS, TENSORS, TOKENIZER}
 _LARGEST_TRACKER = 4096  # bytes
 _ITERATION = re.compile(r"iter_(\d{7,})")
 _log = get_logger(__name__)
@@ -46,11 +50,18 @@ def iteration_name(iteration: int) -> str:
 
 
 def format_of(directory: Path) -> Format | None:
-    """The format of the checkpoint in `directory`, told by its files; None if there is none."""
-    if (directory / MANIFEST).is_file() or ((directory / FACTS).is_file() and (directory / INDEX).is_file()):
+    """The format of the checkpoint in `directory`, told by its files; None if there is none.
+
+    Two of three files make a native one: it may be damaged, and others have a manifest.json, too. So does the name of
+    an iteration with nothing foreign below it, which was ours and lost the rest.
+    """
+    if sum((directory / name).is_file() for name in (MANIFEST, FACTS, INDEX)) >= 2:
         return NATIVE
     if directory.is_dir() and any(directory.glob(f"mp_rank_*/{LEGACY_FILE}")):
         return MEGATRON
+    name = set_aside(directory) or directory.absolute().name
+    if _ITERATION.fullmatch(name) and directory.is_dir() and {path.name for path in directory.iterdir()} <= _OURS:
+        return NATIVE
     return None
 
 
@@ -72,6 +83,19 @@ def recognise(root: Path, iteration: int | None = None) -> Found:
 
 def recognise_if_any(root: Path, iteration: int | None = None) -> Found | None:
     """As `recognise`, but None where `root` holds no checkpoint at all and none was asked for by number."""
+    with _readable(root):
+        return _recognise(root, iteration)
+
+
+@contextmanager
+def _readable(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot read {root}: {error}") from error
+
+
+def _recognise(root: Path, iteration: int | None) -> Found | None:
     if kind := format_of(root):
         return _whole(_itself(root, kind, iteration))
     by_iteration = iterations(root)
@@ -127,30 +151,48 @@ def _whole(found: Found) -> Found:
 
 
 def checkpoints_in(directory: Path) -> list[Found]:
-    """The checkpoint that `directory` is, or all those in it, oldest first; damaged ones too."""
-    if kind := format_of(directory):
-        return [_itself(directory, kind, None)]
-    release = directory / RELEASE
-    first = [Found(release, 0, kind, release=True)] if (kind := format_of(release)) else []
-    return first + [found for _, found in sorted(iterations(directory).items())]
+    """The checkpoint that `directory` is, or all those in it, oldest first; damaged ones too.
+
+    Raises CheckpointError where it cannot be read.
+    """
+    with _readable(directory):
+        if kind := format_of(directory):
+            return [_itself(directory, kind, None)]
+        release = directory / RELEASE
+        first = [Found(release, 0, kind, release=True)] if (kind := format_of(release)) else []
+        return first + [found for _, found in sorted(iterations(directory).items())]
 
 
 def iterations(root: Path) -> dict[int, Found]:
-    """Every complete checkpoint in `root` by iteration.
+    """Every checkpoint in `root` by iteration; damaged ones too.
 
-    One that a crash left moved aside counts where nothing replaced it.
+    One that a crash left moved aside counts where nothing replaced it. Raises CheckpointError where `root` cannot be
+    read.
     """
     found: dict[int, Found] = {}
-    if not root.is_dir():
-        return found
-    for directory in sorted(root.iterdir()):
-        aside = set_aside(directory)
-        match = _ITERATION.fullmatch(aside or directory.name)
-        if match and (kind := format_of(directory)):
-            iteration = int(match[1])
-            if aside is None or iteration not in found:
+    with _readable(root):
+        for iteration, directory in _numbered(root):
+            aside = set_aside(directory) is not None
+            if (kind := format_of(directory)) and not (aside and iteration in found):
                 found[iteration] = Found(directory, iteration, kind)
     return found
+
+
+def foreign(root: Path) -> dict[int, Format | None]:
+    """What has an iteration's name in `root` and is no native checkpoint: a save never replaces it. Its format.
+
+    Raises CheckpointError where `root` cannot be read.
+    """
+    with _readable(root):
+        kinds = {number: format_of(path) for number, path in _numbered(root) if set_aside(path) is None}
+    return {number: kind for number, kind in kinds.items() if kind != NATIVE}
+
+
+def _numbered(root: Path) -> Iterator[tuple[int, Path]]:
+    """All in `root` that has an iteration's name, or had it before a save moved it aside."""
+    for path in sorted(root.iterdir()) if root.is_dir() else ():
+        if match := _ITERATION.fullmatch(set_aside(path) or path.name):
+            yield int(match[1]), path
 
 
 def _tracked(root: Path) -> int | str | None:

@@ -20,6 +20,8 @@ from megatron.files import read_small
 MANIFEST = "manifest.json"
 _FORMAT = "ee-llm-manifest"
 _BLOCK = 1 << 20
+# Directories whose content is read as it lies there: what the manifest doesn't list would be, too.
+_CLOSED = ("tensors", "tokenizer")
 _LARGEST = 64 << 20  # bytes of a manifest
 
 
@@ -52,21 +54,32 @@ def verify(directory: Path) -> dict[str, int]:
     """Compare `directory` with its manifest; returns file name -> size in bytes.
 
     Raises:
-        CheckpointError: there is no manifest, it is damaged, or a file is missing, extra or not as it was written;
-            the message names all such files.
+        CheckpointError: there is no manifest, it is damaged, or a file is missing, not as it was written, or extra
+            where it might be read; the message names all such files.
     """
-    entries = _read(directory)
+    entries, files = _read(directory), _files(directory)
+    problems = [f"{name} is missing" for name in entries.keys() - files.keys()]
+    extra = (name for name in files.keys() - entries.keys() if name.split("/")[0] in _CLOSED)
+    problems += [f"{name} does not belong there" for name in extra]
+    problems += _differences(entries, files)
+    if problems:
+        raise CheckpointError(f"{directory} is damaged: {'; '.join(sorted(problems))}")
+    return {name: entry["size"] for name, entry in sorted(entries.items())}
+
+
+def unlisted(directory: Path) -> list[str]:
+    """Files that are no part of the checkpoint in `directory`. Raises CheckpointError where it has no manifest."""
+    return sorted(_files(directory).keys() - _read(directory).keys())
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    """What lies in `directory`, by name relative to it, the manifest left out."""
     try:
         files, _ = _tree(directory)
     except (OSError, RecursionError) as error:
         raise CheckpointError(f"{directory} is damaged: what lies in it cannot be listed ({error})") from error
     files.pop(MANIFEST, None)
-    problems = [f"{name} is missing" for name in entries.keys() - files.keys()]
-    problems += [f"{name} does not belong there" for name in files.keys() - entries.keys()]
-    problems += _differences(entries, files)
-    if problems:
-        raise CheckpointError(f"{directory} is damaged: {'; '.join(sorted(problems))}")
-    return {name: entry["size"] for name, entry in sorted(entries.items())}
+    return files
 
 
 def _differences(entries: dict[str, Description], files: dict[str, Path]) -> Iterator[str]:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -20,8 +21,18 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron import faults
 from megatron.checkpoint import commit
 from megatron.checkpoint.commit import Staged
-from megatron.checkpoint.dcp_files import Reader, Writer
-from megatron.checkpoint.find import FACTS, INDEX, NATIVE, TENSORS, TRACKER, format_of, iteration_name, iterations
+from megatron.checkpoint.dcp_files import Reader, Writer, go_on_unless
+from megatron.checkpoint.find import (
+    FACTS,
+    INDEX,
+    NATIVE,
+    TENSORS,
+    TOKENIZER,
+    TRACKER,
+    format_of,
+    iteration_name,
+    iterations,
+)  # fmt: skip
 from megatron.checkpoint.manifest import Description, describe
 from megatron.checkpoint.planner import BoxLoadPlanner, BoxSavePlanner, placed
 from megatron.checkpoint.safe import brief, read_dcp_metadata
@@ -35,24 +46,29 @@ from megatron.parallel.placement import Placed, views
 
 _log = get_logger(__name__)
 VERSION = 1
-TOKENIZER = "tokenizer"
 _LARGEST_FACTS = 64 << 20  # bytes
 
 
 def save(
-    root: Path, iteration: int, state: RunState, tokenizer_files: Iterable[Path] = (), together: Together = ALONE
+    root: Path,
+    iteration: int,
+    state: RunState,
+    tokenizer_files: Iterable[Path] = (),
+    given_up: Event | None = None,
+    together: Together = ALONE,
 ) -> Path:
     """Write `state` as `<root>/iter_<iteration>`, copy the tokenizer's files into it, and point the tracker at it.
 
     An older native checkpoint of the same iteration is replaced once the new one is whole. Returns the directory.
-    `together`: the ranks that write it, each its part; all must call this, and end alike.
+    `together`: the ranks that write it, each its part; all must call this, and end alike. Where another thread sets
+    `given_up`, it ends at the next file operation and leaves nothing.
 
     Raises:
-        CheckpointError: a directory of this name holds something else, which a save never replaces.
-        StorageError: writing failed; what was there before is untouched.
+        StorageError: writing failed or was given up, or a directory of this name holds something else, which a save
+            never replaces; what was there before is untouched.
     """
-    final = root / iteration_name(iteration)
-    together.lead(lambda: _check_replaceable(final))
+    final, given_up = root / iteration_name(iteration), given_up or Event()
+    together.lead(lambda: _make_room(root, final))
     facts = {**state.facts, "format": NATIVE, "format_version": VERSION, "iteration": iteration}
     parts = {name: placed(tensor) for name, tensor in state.tensors.items()}
     with together.staged(final) as staged:
@@ -60,21 +76,19 @@ def save(
         with _dcp_errors(final, writing=True):
             dcp.save(
                 views(parts),
-                storage_writer=Writer(staged.path / TENSORS, staged.described),
+                storage_writer=Writer(staged.path / TENSORS, staged.described, given_up),
                 planner=BoxSavePlanner(parts),
                 process_group=together.group,
                 no_dist=together.group is None,
             )
-    together.lead(lambda: _point_at(root, iteration))
+        go_on_unless(given_up)
+    together.lead(lambda: commit.replace_file(root / TRACKER, f"{iteration}\n"))
     return final
 
 
-def _check_replaceable(final: Path) -> None:
-    if final.exists() and format_of(final) != NATIVE:
-        raise CheckpointError(
-            f"{final} exists and is no native checkpoint ({format_of(final) or 'unknown content'}): it is not "
-            "replaced. Give another --save directory, or move it away"
-        )
+def _make_room(root: Path, final: Path) -> None:
+    commit.sweep(root)  # first of all: what a killed save left may take the room that this one needs
+    _check_replaceable(final)
 
 
 def _write_files(staged: Staged, facts: dict[str, Any], tokenizer_files: Iterable[Path]) -> None:
@@ -89,18 +103,30 @@ def _write_files(staged: Staged, facts: dict[str, Any], tokenizer_files: Iterabl
         raise StorageError(f"cannot write {staged.path}: {error}") from error
 
 
-def _point_at(root: Path, iteration: int) -> None:
-    commit.replace_file(root / TRACKER, f"{iteration}\n")
-    commit.sweep(root)
+def _check_replaceable(final: Path) -> None:
+    try:
+        content = format_of(final) if final.exists() else NATIVE
+    except OSError as error:
+        raise StorageError(f"cannot write {final}: {error}") from error
+    if content != NATIVE:
+        raise StorageError(
+            f"{final} exists and is no native checkpoint ({content or 'unknown content'}): it is not replaced. Give "
+            "another --save directory, or move it away"
+        )
 
 
-def prune(root: Path, keep: int, protected: Container[int] = ()) -> None:
-    """Remove all native checkpoints in `root` but the newest `keep` and the `protected` iterations.
+def prune(root: Path, keep: int, newest: int, protected: Container[int] = ()) -> None:
+    """Remove all native checkpoints up to iteration `newest` in `root` but the last `keep` and the `protected` ones.
 
-    One that can't be removed is said and stays.
+    What lies ahead of `newest` is damaged or another run's: it neither counts nor goes. One that can't be removed is
+    said and stays.
     """
-    found = iterations(root)
-    ours = sorted(number for number, checkpoint in found.items() if checkpoint.format == NATIVE)
+    try:
+        found = iterations(root)
+    except CheckpointError as error:
+        _log.warning("older checkpoints stay: %s", error)
+        return
+    ours = sorted(number for number, it in found.items() if it.format == NATIVE and number <= newest)
     for number in ours[:-keep]:
         if number not in protected:
             try:

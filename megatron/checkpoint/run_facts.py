@@ -57,6 +57,7 @@ def check_run_facts(facts: Mapping[str, Any], directory: Path) -> None:
     """
     where = str(directory / FACTS)
     _check(facts, _RUN, where)
+    count({"good": 0} | facts, "good", where)  # checkpoints of before have none
     mapping(facts["config"], "model", f"{where}, config")
     _check(facts["grad_scaler"], _SCALER, f"{where}, grad_scaler")
     schedules = facts["opt_param_scheduler"]

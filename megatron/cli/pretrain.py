@@ -44,8 +44,9 @@ def _train(trainer: Trainer, found: Found | None) -> None:
     log.info("model: %s parameters on %s (%s)", f"{count_parameters(trainer):,}", trainer.mesh.backend.name(),
              trainer.mesh.describe())  # fmt: skip
     checkpoints.start(trainer, found)
-    with StopSignal(), reported(trainer) as status:  # a signal that comes as the run ends changes nothing any more
-        status.reason = train(trainer, status.started)
+    # A signal that comes as the run ends changes nothing any more.
+    with StopSignal() as stop, reported(trainer) as status:
+        status.reason = train(trainer, stop, status.started)
     log.info("run ended: %s", status.reason)
 
 

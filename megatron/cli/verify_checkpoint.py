@@ -43,7 +43,7 @@ def _report(found: Found, tensors: bool) -> bool:
         sys.stdout.write("  Megatron's format: it carries no checksums\n")
         return True
     try:
-        sizes = manifest.verify(found.directory)
+        sizes, unlisted = manifest.verify(found.directory), manifest.unlisted(found.directory)
         facts, index = native.read_facts(found.directory), native.tensor_index(found.directory)
         samples = count({"consumed_samples": 0} | facts, "consumed_samples", str(found.directory))
     except CheckpointError as error:
@@ -54,6 +54,8 @@ def _report(found: Found, tensors: bool) -> bool:
         f"  iteration {facts['iteration']:,}, {samples:,} samples, written with torch "
         f"{_shown(facts.get('torch', '?'))}\n"
     )
+    if unlisted:
+        sys.stdout.write(f"  not part of it, and not read: {', '.join(map(_shown, unlisted))}\n")
     kinds = Counter("model" if name.startswith(MODEL) else name.split("/")[0] for name in index)
     parameters = sum(math.prod(shape) for name, (shape, _) in index.items() if name.startswith(MODEL))
     parts = ", ".join(f"{number} {_shown(kind)} tensors" for kind, number in kinds.items())

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -100,20 +101,27 @@ def capture(trainer: Trainer, snapshot: Snapshot | None = None) -> RunState:
     return RunState(parts, facts(trainer))
 
 
-def write(config: RunConfig, state: RunState, tokenizer_files: Iterable[Path], together: Together = ALONE) -> Path:
-    """Write a native checkpoint under --save, with the other ranks that hold parts of it; returns its directory.
+def write(
+    config: RunConfig,
+    state: RunState,
+    tokenizer_files: Iterable[Path],
+    given_up: Event | None = None,
+    together: Together = ALONE,
+) -> Path:
+    """Write a native checkpoint under --save, with the other ranks that hold parts of it, unless it is given up;
+    returns its directory.
 
     The config lies in the checkpoint and, for `--config`, as `config.yaml` beside it.
     """
     root = Path(config.checkpoint.save)
-    directory = native.save(root, state.facts["iteration"], state, tokenizer_files, together)
+    directory = native.save(root, state.facts["iteration"], state, tokenizer_files, given_up, together)
     together.lead(lambda: save_config(root / "config.yaml", config))
     return directory
 
 
 def save(trainer: Trainer) -> Path:
     """Write a checkpoint of the run's present state under --save; returns its directory."""
-    return write(trainer.config, capture(trainer), trainer.tokenizer.files(), trainer.together)
+    return write(trainer.config, capture(trainer), trainer.tokenizer.files(), together=trainer.together)
 
 
 def start(trainer: Trainer, found: Found | None = None) -> None:
@@ -206,6 +214,7 @@ def _restore_progress(trainer: Trainer, about: dict[str, Any]) -> None:
     progress.optimizer_samples = about.get("optimizer_samples", legacy_steps)
     progress.skipped_steps = about.get("skipped_steps", 0)
     progress.run = about.get("run", 0) + 1
+    progress.good = about.get("good", 0)
 
 
 def _restore_schedules(trainer: Trainer, about: dict[str, Any]) -> None:

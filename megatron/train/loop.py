@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from megatron.checkpoint.find import NATIVE, iterations
+from megatron.checkpoint.find import checkpoints_in, foreign, iteration_name, iterations
 from megatron.config.load import to_dict
+from megatron.config.run import CheckpointConfig, RunConfig
 from megatron.data.build import Dataset
 from megatron.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StorageError
 from megatron.logs import get_logger
@@ -44,31 +45,42 @@ class Session:
     bad_steps: int = 0
 
 
-def train(trainer: Trainer, started: Callable[[], None] = lambda: None) -> str:
+def train(trainer: Trainer, stop: StopSignal | None = None, started: Callable[[], None] = lambda: None) -> str:
     """Run until the end of training or a reason to stop; returns that reason in words.
 
-    `started` is called once data and places for results are known to be good, before the first step.
+    `stop`, opened by the caller, is asked at each step's border; without it nobody heeds signals. `started` is called
+    once data and places for results are known to be good, before the first step.
 
     The trainer must have its values (`checkpoints.start`). Raises NonFiniteError after too many bad steps in a row.
     """
-    with StopSignal() as stop:
-        session = _open(trainer, stop)
-        started()
-        try:
-            if trainer.config.training.skip_train:
-                return _evaluate_only(session)
-            _say_if_done(session)
-            reason = _steps(session)
-            if reason == "finished":
-                _final_evaluation(session)
-            return reason
-        except DataError:
-            session.saver.finish()  # the state is that of the last whole step
-            raise
-        finally:
-            session.saver.close()
-            session.console.close()
-            session.reporter.close()
+    session = _open(trainer, stop or StopSignal())
+    started()
+    try:
+        if trainer.config.training.skip_train:
+            return _evaluate_only(session)
+        _say_if_done(session)
+        reason = _steps(session)
+        if reason == "finished":
+            _final_evaluation(session)
+        return reason
+    except DataError:
+        _save_what_there_is(session)
+        raise
+    except KeyboardInterrupt:
+        session.saver.give_up()
+        raise
+    finally:
+        session.saver.close()
+        session.console.close()
+        session.reporter.close()
+
+
+def _save_what_there_is(session: Session) -> None:
+    """The data broke: the state is that of the last whole step. A disk that refuses hides no other error."""
+    try:
+        session.saver.finish(session.bad_steps)
+    except StorageError as error:
+        log.error("%s", error)
 
 
 def _open(trainer: Trainer, stop: StopSignal) -> Session:
@@ -78,7 +90,7 @@ def _open(trainer: Trainer, stop: StopSignal) -> Session:
         raise ConfigError("there is no training data: see --split, --data-path and --train-data-path")
     if config.checkpoint.save and not config.training.skip_train and trainer.mesh.is_main:
         _check_writable(Path(config.checkpoint.save))
-        _say_replaced(Path(config.checkpoint.save), iteration)
+        _say_replaced(config.checkpoint, iteration)
     trainer.progress.run = max(trainer.progress.run, next_run(config.logging.metrics_file))
     console = Console(trainer, _last_iteration(trainer))
     return Session(
@@ -103,21 +115,24 @@ def _check_writable(directory: Path) -> None:
         raise StorageError(f"--save {directory}: {error.strerror}; give a directory that can be written to") from error
 
 
-def _say_replaced(directory: Path, iteration: int) -> None:
+def _say_replaced(flags: CheckpointConfig, iteration: int) -> None:
     """Name what an earlier run left ahead of this one: its checkpoints will be replaced one by one.
 
-    Raises CheckpointError where one is of the other format, which a save never replaces.
+    Raises CheckpointError where something else is in the way, which a save never replaces.
     """
-    found = iterations(directory)
-    ahead = [number for number in found if number > iteration]
-    if foreign := [number for number in ahead if found[number].format != NATIVE]:
-        raise CheckpointError(
-            f"--save {directory} holds iteration {foreign[0]} in Megatron's format, which is never replaced: give "
-            "another --save directory"
-        )
-    if ahead:
+    directory = Path(flags.save)
+    for number, kind in foreign(directory).items():
+        if number > iteration:
+            what = f"iteration {number} in Megatron's format, which is" if kind else (
+                f"{iteration_name(number)}, which is no checkpoint and"
+            )  # fmt: skip
+            raise CheckpointError(f"--save {directory} holds {what} never replaced: give another --save directory")
+    if ahead := [number for number in iterations(directory) if number > iteration]:
         log.warning("--save %s holds iterations %d to %d of an earlier run: this one starts at %d and replaces those "
                     "that it reaches", directory, min(ahead), max(ahead), iteration)  # fmt: skip
+        if flags.load_iteration:
+            log.warning("a restart without --load-iteration takes iteration %d: give a new --save directory to keep "
+                        "this run apart", max(ahead))  # fmt: skip
 
 
 def _last_iteration(trainer: Trainer) -> int:
@@ -151,7 +166,7 @@ def _steps(session: Session) -> str:
         watch.lap()  # evaluation and saving are not step time
         if reason:
             return reason
-    session.saver.finish()
+    session.saver.finish(session.bad_steps)
     return "finished"
 
 
@@ -163,7 +178,7 @@ def _after_step(session: Session) -> str | None:
         _evaluate(session, "valid", session.datasets.valid, iteration // training.eval_interval - 1)
     reason = _reason_to_stop(session)
     if reason:
-        session.saver.finish()
+        session.saver.finish(session.bad_steps)
         session.console.say(f"stopping after iteration {iteration}: {reason}")
     return reason
 
@@ -199,16 +214,30 @@ def _guard(session: Session, report: StepReport) -> None:
     if session.bad_steps >= limit:
         raise NonFiniteError(
             f"{limit} steps in a row were skipped (last: {report.problem}); {_last_good(session)}. "
-            "Lower --lr, raise --lr-warmup-iters, or train in bf16/fp32"
+            f"{_advice(trainer.config)}"
         )
 
 
 def _last_good(session: Session) -> str:
-    flags, good = session.trainer.config.checkpoint, session.saver.good
-    directory = flags.load if good == session.loaded else flags.save
-    if good == 0 or directory is None:
-        return "there is no checkpoint from before"
-    return f"the last checkpoint known to be good is --load {directory} --load-iteration {good}"
+    """Where the newest checkpoint known to be good lies, in words, if it is still there."""
+    flags, good = session.trainer.config.checkpoint, session.trainer.progress.good
+    directory = flags.load if good <= session.loaded else flags.save
+    if good and directory and any(found.iteration == good for found in checkpoints_in(Path(directory))):
+        return (
+            f"the last checkpoint known to be good is --load {directory} --load-iteration {good}. Go on from it with a "
+            "new --save directory: in this one a restart would take the newest"
+        )
+    return "there is no checkpoint from before"
+
+
+def _advice(config: RunConfig) -> str:
+    """What may keep steps from being skipped."""
+    mends = ["Lower --lr", "raise --lr-warmup-iters"]
+    if config.training.check_for_spiky_loss or config.training.check_for_large_grads:
+        mends.append("raise --spike-factor")
+    if config.precision.fp16:
+        mends.append("train in bf16 or fp32")
+    return f"{', '.join(mends[:-1])}, or {mends[-1]}"
 
 
 def _evaluate_only(session: Session) -> str:

@@ -1,5 +1,6 @@
 """Spikes: finite losses and gradients so far above the last steps' that one bad batch would spoil the weights."""
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 
@@ -50,10 +51,10 @@ class SpikeWatch:
         return None if mean is None else self._factor * mean
 
     def note(self, losses: Mapping[str, Sequence[float]], grad_norm: float) -> None:
-        """Remember an applied step."""
+        """Remember an applied step; what isn't finite (nobody checks for it then) is no yardstick."""
         if self._losses or self._grads:
-            values = {label: sum(shares) for label, shares in losses.items()}
-            for name, value in (values | {GRAD_NORM: grad_norm}).items():
+            values = {label: sum(shares) for label, shares in losses.items()} | {GRAD_NORM: grad_norm}
+            for name, value in ((name, value) for name, value in values.items() if math.isfinite(value)):
                 self._recent.setdefault(name, deque(maxlen=REMEMBERED)).append(value)
 
     def facts(self) -> dict[str, list[float]]:

@@ -23,7 +23,8 @@ from megatron.train.spikes import SpikeWatch
 class Progress:
     """How far a run is. `optimizer_samples` lags behind `consumed_samples` by skipped steps.
 
-    run: how often the run was started; metrics lines carry it.
+    run: how often the run was started; metrics lines carry it. good: iteration of the newest checkpoint whose weights
+    are known to give finite losses (0: none).
     """
 
     iteration: int = 0
@@ -31,6 +32,7 @@ class Progress:
     optimizer_samples: int = 0
     skipped_steps: int = 0
     run: int = 0
+    good: int = 0
 
 
 @dataclass

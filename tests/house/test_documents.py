@@ -19,6 +19,8 @@ from tests.house.files import ROOT, shown, tracked
 RESULTS = ROOT / "benchmarks" / "results"
 README, MEGATRON = ROOT / "README.md", ROOT / "README_Megatron_LM.md"
 DOCUMENTS = [path for path in tracked() if path.suffix == ".md"]
+# figures without a goal that the README shows, and explains beside the table
+EXPLAINED = {"an asynchronous save adds to the run / a synchronous one"}
 REGENERATE = "flags or results have changed: python -m tests.house.test_documents"
 
 
@@ -33,14 +35,24 @@ def measured() -> str:
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         for figure in result.get("figures", ()):
-            if figure["goal"] is not None:
-                value = "not measured" if figure["value"] is None else f"{figure['value']:.3g} {figure['unit']}".strip()
-                side = "≥" if figure["at_least"] else "≤"
-                missed = " (missed)" if figure["met"] is False else ""
-                row = f"| `{result['benchmark']}` | {figure['name']} | {value}{missed} | {side} {figure['goal']:g} |"
+            if figure["goal"] is not None or figure["name"] in EXPLAINED:
+                row = f"| `{result['benchmark']}` | {figure['name']} | {_value(figure)} | {_goal(figure)} |"
                 tables.setdefault(_machine(result), []).append(row)
     head = "| `benchmarks/` | figure | measured | goal |\n|---|---|---|---|\n"
     return "\n".join(f"{machine}:\n\n{head}" + "\n".join(rows) + "\n" for machine, rows in tables.items())
+
+
+def _value(figure: dict) -> str:
+    """Value, quartiles where they were kept, and whether the goal is missed."""
+    if figure["value"] is None:
+        return "not measured"
+    spread = "{:.3g}–{:.3g}".format(*figure["quartiles"]) if figure.get("quartiles") else ""
+    said = [*([spread] if spread else []), *(["missed"] if figure["met"] is False else [])]
+    return f"{figure['value']:.3g} {figure['unit']}".strip() + (f" ({', '.join(said)})" if said else "")
+
+
+def _goal(figure: dict) -> str:
+    return "none" if figure["goal"] is None else f"{'≥' if figure['at_least'] else '≤'} {figure['goal']:g}"
 
 
 def _machine(result: dict) -> str:

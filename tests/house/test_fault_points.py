@@ -74,7 +74,7 @@ def test_a_save_passes_every_point(tmp_path: Path) -> None:
         native.save(tmp_path / "run", 1, state, [words])
         save_config(tmp_path / "run" / "config.yaml", RunConfig())
         native.save(tmp_path / "run", 2, state)
-        native.prune(tmp_path / "run", 1)
+        native.prune(tmp_path / "run", 1, 2)
     named = {
         call.args[-1].value
         for path in WRITERS

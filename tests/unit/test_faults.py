@@ -55,7 +55,7 @@ def test_the_environment_arms_a_process(action: str, code: int) -> None:
     assert subprocess.run(words, env=environment).returncode == code
 
 
-@pytest.mark.parametrize("words", ["a", "a:explode", "a@x:die"])
+@pytest.mark.parametrize("words", ["a", "a:explode", "a:stop", "a@x:die"])
 def test_nonsense_is_refused(words: str) -> None:
     with pytest.raises((AssertionError, ValueError)), faults.armed(words):
         pass

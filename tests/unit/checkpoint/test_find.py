@@ -3,7 +3,7 @@ import logging
 import pytest
 
 from megatron.checkpoint import manifest
-from megatron.checkpoint.find import Found, format_of, recognise, recognise_if_any
+from megatron.checkpoint.find import Found, checkpoints_in, foreign, format_of, iterations, recognise, recognise_if_any
 from megatron.checkpoint.manifest import MANIFEST
 from megatron.errors import CheckpointError
 
@@ -37,6 +37,52 @@ def test_formats_are_told_by_content(tmp_path):
     assert format_of(tmp_path / "a") is None
 
 
+def test_a_manifest_alone_makes_no_checkpoint(tmp_path):
+    """Many programs call a file manifest.json."""
+    (tmp_path / MANIFEST).write_text("{}")
+    native(tmp_path / "iter_0000010")
+    assert format_of(tmp_path) is None
+    assert recognise(tmp_path).iteration == 10
+
+
+@pytest.mark.parametrize("left", [(), ("tensors",), ("tensors/.metadata",), ("facts.json",), (MANIFEST, "tokenizer")])
+def test_a_directory_of_an_iteration_with_nothing_foreign_in_it_is_damaged(tmp_path, caplog, left):
+    native(tmp_path / "iter_0000010")
+    damaged = tmp_path / "iter_0000020"
+    damaged.mkdir()
+    for name in left:
+        (damaged / name).mkdir(parents=True)
+    assert format_of(damaged) == "native" and not foreign(tmp_path)
+    assert [found.iteration for found in checkpoints_in(tmp_path)] == [10, 20]
+    assert recognise(tmp_path).iteration == 10
+    assert "iter_0000020" in caplog.text and "looking for an older one" in caplog.text
+    with pytest.raises(CheckpointError, match="iter_0000020"):
+        recognise(damaged)
+
+
+def test_what_is_not_ours_is_foreign(tmp_path):
+    native(tmp_path / "iter_0000010")
+    megatron(tmp_path / "iter_0000020")
+    (tmp_path / "iter_0000030").mkdir()
+    (tmp_path / "iter_0000030" / "notes.txt").write_text("")
+    (tmp_path / "iter_0000040").write_text("")
+    (tmp_path / "other").mkdir()
+    assert foreign(tmp_path) == {20: "megatron", 30: None, 40: None}
+    assert [found.iteration for found in checkpoints_in(tmp_path)] == [10, 20]
+
+
+def test_a_directory_that_cannot_be_read_is_said(tmp_path, monkeypatch):
+    native(tmp_path / "iter_0000010")
+
+    def stale(_path):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr("pathlib.Path.iterdir", stale)
+    for look in (recognise, checkpoints_in, foreign, iterations):
+        with pytest.raises(CheckpointError, match=r"cannot read .*: .*Stale file handle"):
+            look(tmp_path)
+
+
 def test_megatron_checkpoints_beyond_the_tracker_do_not_count(tmp_path, caplog):
     """They have no manifest: nobody knows whether they were written to their end."""
     native(tmp_path / "iter_0000010")
@@ -53,7 +99,7 @@ def test_without_a_good_tracker_the_newest_is_taken_and_that_is_said(tmp_path, c
     native(tmp_path / "iter_0000020")
     native(tmp_path / "iter_0000040.staging-0123")
     native(tmp_path / "old-iter_0000050")
-    (tmp_path / "iter_0000060").mkdir()
+    (tmp_path / "iter_0000060").write_text("a file")
     if text is not None:
         track(tmp_path, text)
     with caplog.at_level(logging.WARNING):

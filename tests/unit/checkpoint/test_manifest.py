@@ -123,7 +123,10 @@ def test_other_damage(copy: Path, change: str) -> None:
         else:
             path.unlink()
             path.symlink_to(other)
-        refused(copy)
+        if change == "add" and path.parent == copy:
+            assert manifest.unlisted(copy) == ["extra"] and recognise(copy.parent).iteration == 5
+        else:
+            refused(copy)
         path.unlink(missing_ok=True)
         path.with_name("extra").unlink(missing_ok=True)
         path.write_bytes(content)
@@ -166,7 +169,7 @@ def test_the_newest_intact_one_is_taken(whole: Path, tmp_path: Path, caplog: pyt
 
 
 def test_all_that_is_wrong_is_said_at_once(copy: Path) -> None:
-    (copy / "extra").write_text("")
+    (copy / "tensors" / "extra").write_text("")
     (copy / "tokenizer" / "vocab.json").unlink()
     (copy / "facts.json").write_text((copy / "facts.json").read_text().replace("12", "21"))
     (copy / "tensors" / ".metadata").write_bytes(b"1234567")
@@ -174,8 +177,9 @@ def test_all_that_is_wrong_is_said_at_once(copy: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         manifest.verify(copy)
     assert str(caught.value) == (
-        f"{copy} is damaged: extra does not belong there; facts.json has another content than was written; "
-        f"tensors/.metadata has 7 bytes instead of {size:,}; tokenizer/vocab.json is missing"
+        f"{copy} is damaged: facts.json has another content than was written; "
+        f"tensors/.metadata has 7 bytes instead of {size:,}; tensors/extra does not belong there; "
+        "tokenizer/vocab.json is missing"
     )
 
 
@@ -202,6 +206,25 @@ def test_a_linked_directory_is_nothing_of_ours(copy: Path, tmp_path: Path) -> No
     assert "tensors does not belong there; tensors/.metadata is missing" in refused(copy)
     with pytest.raises(OSError):
         manifest.build(copy, lambda path: None, {})
+
+
+def test_what_others_put_beside_is_left_alone(copy: Path, tmp_path: Path) -> None:
+    """A file manager's notes, say, or a link to somewhere: nothing here reads it."""
+    sizes = manifest.verify(copy)
+    assert manifest.unlisted(copy) == []
+    (copy / ".DS_Store").write_bytes(b"x")
+    (copy / "plots").mkdir()
+    (copy / "plots" / "loss.png").write_bytes(b"x")
+    (copy / "link").symlink_to(tmp_path)
+    os.mkfifo(copy / "pipe")
+    assert manifest.verify(copy) == sizes and recognise(copy.parent).iteration == 5
+    assert manifest.unlisted(copy) == [".DS_Store", "link", "pipe", "plots/loss.png"]
+
+
+def test_a_pipe_in_the_place_of_a_file_is_refused(copy: Path) -> None:
+    (copy / "facts.json").unlink()
+    os.mkfifo(copy / "facts.json")
+    assert "facts.json is no ordinary file" in refused(copy)
 
 
 def sealed(**entry: object) -> bytes:

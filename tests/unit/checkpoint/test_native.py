@@ -88,15 +88,14 @@ def test_any_names_shapes_and_types_make_the_round_trip(tmp_path_factory, specs)
 
 def test_nothing_is_loaded_when_anything_differs(tmp_path, state):
     directory = native.save(tmp_path, 1, state)
-    targets = blank(state.tensors)
-    targets["model/exits.2.norm.weight"] = torch.zeros(3)
+    targets = blank(state.tensors) | {"model/exits.2.norm.weight": torch.full((3,), 7.0)}
     with pytest.raises(CheckpointError, match=r"missing from the checkpoint:\n    model/exits.2.norm.weight"):
         native.load(directory, targets)
-    assert all((tensor == 7).all() for tensor in blank(state.tensors).values())
+    assert all((tensor == 7).all() for tensor in targets.values())
     del targets["model/exits.2.norm.weight"], targets["model/norm.weight"]
     with pytest.raises(CheckpointError, match=r"not in the model:\n    model/norm.weight"):
         native.load(directory, targets)
-    assert (targets["model/output.weight"] == 7).all()
+    assert all((tensor == 7).all() for tensor in targets.values())
 
 
 def test_the_optimizer_can_be_left_aside(tmp_path, state):
@@ -146,16 +145,29 @@ def test_the_same_iteration_is_replaced(tmp_path, state):
 def test_another_format_is_never_replaced(tmp_path, state, legacy, recipe):
     legacy(tmp_path, recipe(iteration=5))
     before = (tmp_path / "iter_0000005/mp_rank_00/model_optim_rng.pt").read_bytes()
-    with pytest.raises(CheckpointError, match=r"iter_0000005 exists .*\(megatron\).*--save"):
+    with pytest.raises(StorageError, match=r"iter_0000005 exists .*\(megatron\).*--save"):
         native.save(tmp_path, 5, state)
     assert (tmp_path / "iter_0000005/mp_rank_00/model_optim_rng.pt").read_bytes() == before
     assert names(tmp_path) == ["iter_0000005", "latest_checkpointed_iteration.txt"]
     (tmp_path / "iter_0000006").mkdir()
-    with pytest.raises(CheckpointError, match="unknown content"):
-        native.save(tmp_path, 6, state)
+    (tmp_path / "iter_0000006" / "notes.txt").write_text("mine")
+    (tmp_path / "iter_0000008").write_text("no directory")
+    for iteration in (6, 8):
+        with pytest.raises(StorageError, match="unknown content"):
+            native.save(tmp_path, iteration, state)
+    assert (tmp_path / "iter_0000006" / "notes.txt").read_text() == "mine"
     native.save(tmp_path, 7, state)
     assert recognise(tmp_path).format == "native"
     assert recognise(tmp_path, 5).format == "megatron"
+
+
+@pytest.mark.parametrize("left", [[], ["tensors"], ["facts.json"], ["manifest.json", "tokenizer"]], ids="+".join)
+def test_a_damaged_one_is_replaced(tmp_path, state, left):
+    for name in left:
+        (tmp_path / "iter_0000005" / name).mkdir(parents=True)
+    (tmp_path / "iter_0000005").mkdir(exist_ok=True)
+    assert_equal(native.read(native.save(tmp_path, 5, state)).tensors, state.tensors)
+    assert names(tmp_path) == ["iter_0000005", "latest_checkpointed_iteration.txt"]
 
 
 def test_a_failed_save_leaves_the_old_checkpoint_and_nothing_else(tmp_path, state, monkeypatch):

@@ -7,6 +7,7 @@ has succeeded again.
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -232,6 +233,21 @@ def test_a_disk_that_is_full_at_any_moment(on_a_disk: Callable, iteration: int) 
     on_a_disk(1 << 19, fill)
 
 
+def test_what_a_killed_save_left_makes_room_before_the_next(on_a_disk: Callable) -> None:
+    """Two of them don't fit."""
+
+    def killed(disk: Disk) -> None:
+        root = disk.path / "save"
+        save(root, OLD, 1)
+        shutil.copytree(root / "iter_0000005", root / f"iter_0000006.staging-{'1' * 32}")
+        (disk.path / "filler").write_bytes(bytes(disk.room() - 8192))
+        save(root, NEW, 2)
+        assert_whole(root, NEW, 2)
+        assert names(root) == {"iter_0000005", "iter_0000006", TRACKER}
+
+    on_a_disk(1 << 19, killed)
+
+
 def test_a_disk_that_turns_read_only(on_a_disk: Callable) -> None:
     def turn(disk: Disk) -> None:
         root = disk.path / "save"
@@ -249,7 +265,7 @@ def test_a_disk_that_turns_read_only(on_a_disk: Callable) -> None:
     on_a_disk(1 << 19, turn)
 
 
-# --- permissions, slowness, tidy neighbours ---------------------------------------------------------------------
+# --- permissions, staleness, slowness, tidy neighbours ----------------------------------------------------------
 
 
 @pytest.fixture
@@ -276,6 +292,38 @@ def test_a_directory_without_permission_to_write(others_root: Path) -> None:
     os.chmod(others_root, 0o755)
     save(others_root, LATER, 3)
     assert names(others_root) == {"iter_0000005", "iter_0000007", TRACKER}
+
+
+@pytest.mark.parametrize("operation", ["iterdir", "exists", "is_dir", "is_file"])
+def test_a_directory_that_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
+    """As a network file system answers once its server was restarted: whoever asks, it is a failed save."""
+    root = tmp_path / "save"
+    save(root, OLD, 1)
+    save(root, NEW, 1)
+    plain = getattr(Path, operation)
+    asked = failed = 0
+    which = 1  # of the answers is an error
+
+    def stale(path: Path) -> object:
+        nonlocal asked
+        asked += root in (path, *path.parents)
+        if asked == which:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return plain(path)
+
+    while which < 20 and asked >= which - 1:
+        asked = 0
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, operation, stale)
+            try:
+                native.save(root, NEW, state(1))
+                native.prune(root, 1, NEW, {OLD})
+            except StorageError as error:
+                assert "Stale file handle" in str(error)
+                failed += 1
+        assert_whole(root, NEW, 1)
+        which += 1
+    assert failed and which > 2
 
 
 SLOW = "tensors.write:delay=0.003 commit.flush:delay=0.02 native.facts:delay=0.02 file.flush:delay=0.02"

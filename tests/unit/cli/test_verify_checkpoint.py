@@ -41,6 +41,26 @@ def test_damaged(root: Path, capsys: pytest.CaptureFixture) -> None:
     assert error == "error: 1 of 2 damaged: iter_0000004\n"
 
 
+def test_damaged_beyond_recognition(root: Path, capsys: pytest.CaptureFixture) -> None:
+    """It lost its manifest and its facts, or all; it is still the newest one of that directory."""
+    for name in ("manifest.json", "facts.json"):
+        (root / "iter_0000004" / name).unlink()
+    (root / "iter_0000005").mkdir()
+    assert main([str(root)]) == 4
+    out, error = capsys.readouterr()
+    assert out.count("DAMAGED") == 2 and out.count("was not written to its end") == 2
+    assert error == "error: 2 of 3 damaged: iter_0000004, iter_0000005\n"
+    assert main([str(root / "iter_0000004")]) == 4
+
+
+def test_what_lies_there_beside_it_is_said(root: Path, capsys: pytest.CaptureFixture) -> None:
+    (root / "manifest.json").write_text("{}")
+    (root / "iter_0000004" / ".DS_Store").write_text("")
+    assert main([str(root)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("  whole: ") == 2 and out.count("  not part of it, and not read: .DS_Store\n") == 1
+
+
 def test_others(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([str(tmp_path / "nowhere")]) == 4
     assert "holds no checkpoint" in capsys.readouterr().err

@@ -51,7 +51,7 @@ def saver_of(runs: Runs, **changes: object):
 
 
 def test_steps_go_on_while_it_is_written(runs: Runs) -> None:
-    saver, step, _ = saver_of(runs, save_interval=2)
+    saver, step, said = saver_of(runs, save_interval=2)
     with faults.armed("native.facts@1:delay=2"):
         step(), saver.after_step(0)
         step()
@@ -62,6 +62,7 @@ def test_steps_go_on_while_it_is_written(runs: Runs) -> None:
         step()
         saver.after_step(0)  # a second one waits for the first
         assert time.monotonic() - began > 1.5 and saver.saved == 2
+        assert said == ["waiting for the checkpoint that is being written"]
         saver.finish()
     assert saver.saved == 4 and recognise(runs.root / "save").iteration == 4
     saver.close()
@@ -70,15 +71,16 @@ def test_steps_go_on_while_it_is_written(runs: Runs) -> None:
 def test_what_is_good_is_known_though_a_save_ends_late(runs: Runs) -> None:
     """--keep-last-n-checkpoints 1 must not remove the one checkpoint that a message would name."""
     saver, step, _ = saver_of(runs, save_interval=1, keep_last_n_checkpoints=1)
+    progress = saver._trainer.progress
     with faults.armed("native.facts@1:delay=0.5"):
         step(), saver.after_step(0)
         step(), saver.finite_step()
-        assert (saver.saved, saver.good) == (0, 0)
+        assert (saver.saved, progress.good) == (0, 0)
         saver.after_step(0)
-        assert (saver.saved, saver.good) == (1, 1)
+        assert (saver.saved, progress.good) == (1, 1)
         saver.finish()
     kept = sorted(path.name for path in (runs.root / "save").glob("iter_*"))
-    assert kept == ["iter_0000001", "iter_0000002"] and saver.good == 1
+    assert kept == ["iter_0000001", "iter_0000002"] and progress.good == 1
     saver.close()
 
 
@@ -90,6 +92,44 @@ def test_closing_waits_and_says_a_failure(runs: Runs, caplog: pytest.LogCaptureF
     assert said == ["waiting for the checkpoint that is being written"]
     assert "No space left on device" in caplog.text
     assert not list((runs.root / "save").glob("iter_*"))
+
+
+def test_one_that_is_given_up_leaves_nothing(runs: Runs, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever it was at: tensors, or all else."""
+    for place in ("native.facts:delay=0.5", "tensors.write@9:delay=0.5", "tensors.rename:delay=0.5"):
+        saver, step, said = saver_of(runs, save_interval=1)
+        with faults.armed(place):
+            step(), saver.after_step(0)
+            time.sleep(0.2)
+            saver.give_up()
+            saver.close()
+        assert said == ["giving up the checkpoint that is being written"] and "given up" in caplog.text
+        assert not list((runs.root / "save").glob("iter_*"))
+
+
+@pytest.mark.parametrize("waiting", ["after_step", "finish", "close"])
+def test_an_interrupted_wait_gives_it_up(runs: Runs, monkeypatch: pytest.MonkeyPatch, waiting: str) -> None:
+    """Whatever the run was waiting for; closing waits until the thread has tidied up."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    saver, step, said = saver_of(runs, save_interval=1)
+    with faults.armed("native.facts:delay=0.5"):
+        step(), saver.after_step(0)
+        step()
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr("megatron.train.saving.wait", interrupted)
+            saver.after_step(0) if waiting == "after_step" else getattr(saver, waiting)()
+        assert saver.writing == (waiting != "close")
+        saver.close()
+    assert (
+        said
+        == [f"{doing} the checkpoint that is being written" for doing in ("waiting for", "giving up")][
+            : 1 if waiting == "close" else 2
+        ]
+    )
+    assert not saver.writing and not list((runs.root / "save").glob("iter_*"))
 
 
 def test_one_set_of_buffers_for_all_saves() -> None:
@@ -132,19 +172,22 @@ def test_killed_while_it_is_written(runs: Runs, place: str) -> None:
     manifest.verify(save / "iter_0000020")
 
 
-def test_a_second_signal_ends_without_a_broken_checkpoint(runs: Runs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signals", [2, 3])
+def test_a_second_signal_gives_up_what_is_being_written(runs: Runs, tmp_path: Path, signals: int) -> None:
+    """Written to its end it would take minutes; a third signal changes nothing."""
     save = runs.root / "save"
     flags = runs.flags(save=save, save_interval=1, async_save=True, train_iters=100000)
-    faulty = {**os.environ, "EE_LLM_FAULTS": "native.facts@3:delay=3"}
+    faulty = {**os.environ, "EE_LLM_FAULTS": "tensors.write:delay=0.5"}
     log = tmp_path / "log"
     with open(log, "w") as out:
         run = subprocess.Popen([sys.executable, str(SCRIPT), *flags], env=faulty, stdout=out, stderr=out)
-    while not (save / "iter_0000002").exists():
+    while not list(save.glob("iter_0000001.staging-*/tensors/*")):
         assert run.poll() is None, log.read_text()
         time.sleep(0.02)
-    run.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
-    run.send_signal(signal.SIGTERM)
-    assert run.wait(30) == 130, log.read_text()
-    assert recognise(save).iteration == 3
-    assert not [path for path in save.iterdir() if "staging" in path.name]
+    for _ in range(signals):
+        run.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+    assert run.wait(15) == 130, log.read_text()
+    assert "giving up the checkpoint that is being written" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert not list(save.glob("iter_*"))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -102,6 +103,43 @@ def test_a_save_is_put_off_until_a_step_is_finite(runs: Runs, bad_steps, capfd) 
     runs.train("m", save=save, save_interval=4, exit_interval=7)
     assert "saving is put off: skipped steps in a row: 1" in capfd.readouterr().out
     assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000006", "iter_0000007"]
+
+
+def test_a_stop_among_bad_steps_is_said_and_forgets_no_good_one(runs: Runs, bad_steps, capfd) -> None:
+    """What is saved then is the newest; a restart knows the one that a message should name, and keeps it."""
+    bad_steps(*range(6, 21))
+    save, other = runs.root / "save", runs.root / "other"
+    runs.train("m", save=save, save_interval=2, exit_interval=7, keep_last_n_checkpoints=1)
+    assert "the last 2 steps were skipped: the weights that are saved now gave no finite loss" in capfd.readouterr().out
+    assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000004", "iter_0000007"]
+    for flags in ({"save": save, "keep_last_n_checkpoints": 1}, {"save": other}, {}):
+        assert main(runs.flags(load=save, max_nonfinite_steps=3, save_interval=1, **flags)) == 3
+        error = capfd.readouterr().err
+        assert f"known to be good is --load {save} --load-iteration 4. " in error
+        assert "with a new --save directory" in error and "bf16" not in error and "--spike-factor" not in error
+    runs.train("m", load=save, save=save, max_nonfinite_steps=9, exit_interval=10, keep_last_n_checkpoints=1)
+    assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000004", "iter_0000010"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "advice"),
+    [({"fp16": True, "loss_scale": 1.0}, "raise --lr-warmup-iters, or train in bf16 or fp32"),
+     ({"check_for_large_grads": True}, "raise --lr-warmup-iters, or raise --spike-factor")],
+)  # fmt: skip
+def test_advice_is_of_this_run(runs: Runs, bad_steps, capfd, flags: dict[str, object], advice: str) -> None:
+    bad_steps(*range(1, 21))
+    assert main(runs.flags(max_nonfinite_steps=3, **flags)) == 3
+    assert f"Lower --lr, {advice}" in capfd.readouterr().err
+
+
+def test_a_good_one_that_is_gone_is_not_named(runs: Runs, bad_steps, capfd) -> None:
+    bad_steps(*range(6, 21))
+    save = runs.root / "save"
+    runs.train("m", save=save, save_interval=2, exit_interval=6)
+    for name in ("iter_0000002", "iter_0000004"):
+        shutil.rmtree(save / name)
+    assert main(runs.flags(load=save, save=save, max_nonfinite_steps=3)) == 3
+    assert "there is no checkpoint from before" in capfd.readouterr().err
 
 
 def test_non_finite_gradients_are_named(runs: Runs) -> None:

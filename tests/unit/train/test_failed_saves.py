@@ -63,7 +63,7 @@ def test_other_formats_and_what_is_protected_stay(tmp_path: Path) -> None:
     legacy = tmp_path / "iter_0000009" / "mp_rank_00"
     legacy.mkdir(parents=True)
     (legacy / "model_optim_rng.pt").write_bytes(b"")
-    native.prune(tmp_path, 1, {2})
+    native.prune(tmp_path, 1, 4, {2})
     assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000002", "iter_0000004", "iter_0000009"]
 
 
@@ -71,5 +71,38 @@ def test_one_that_cannot_be_removed_is_said(tmp_path: Path, caplog: pytest.LogCa
     for iteration in (1, 2):
         native.save(tmp_path, iteration, RunState({"model/a": torch.zeros(1)}))
     with faults.armed("commit.remove:erofs"):
-        native.prune(tmp_path, 1)
+        native.prune(tmp_path, 1, 2)
     assert "cannot remove" in caplog.text and recognise(tmp_path, 1).iteration == 1
+
+
+def kept(save: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("iter_")) for path in save.glob("iter_*"))
+
+
+def test_a_damaged_newest_one_does_not_push_out_what_is_saved(runs: Runs, how: dict[str, object]) -> None:
+    save = runs.root / "save"
+    runs.train("m", save=save, save_interval=10)
+    shard = next((save / "iter_0000020" / "tensors").glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    flags = {"save": save, "load": save, "save_interval": 3, "keep_last_n_checkpoints": 1}
+    runs.train("m", exit_interval=18, **flags, **how)
+    assert kept(save) == [15, 18, 20] and recognise(save).iteration == 18  # 15: known to be good
+    runs.train("m", **flags, **how)
+    assert kept(save) == [18, 20] and recognise(save).iteration == 20
+
+
+def test_an_earlier_run_ahead_does_not_push_out_what_is_saved(runs: Runs, how: dict[str, object]) -> None:
+    save = runs.root / "save"
+    runs.train("first", save=save, save_interval=10)
+    runs.train("second", save=save, save_interval=3, exit_interval=9, keep_last_n_checkpoints=2, **how)
+    assert kept(save) == [6, 9, 10, 20] and (save / TRACKER).read_text() == "9\n"
+
+
+def test_rewinding_keeps_what_it_saves(runs: Runs, how: dict[str, object]) -> None:
+    save = runs.root / "save"
+    runs.train("m", save=save, save_interval=5)
+    flags = {"load": save, "load_iteration": 5, "save_interval": 2, "exit_interval": 9, "keep_last_n_checkpoints": 2}
+    runs.train("m", save=save, **flags, **how)
+    assert kept(save) == [8, 9, 10, 15, 20]

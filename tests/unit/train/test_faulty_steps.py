@@ -196,6 +196,20 @@ def test_the_first_steps_are_no_yardstick() -> None:
     assert watch.grad_limit() == 2.0  # a hundred steps are remembered, no more
 
 
+def test_what_is_not_finite_is_not_remembered(runs: Runs) -> None:
+    """Without the check for NaN such a step is applied, and its checkpoint must be one."""
+    watch = SpikeWatch(TrainingConfig(check_for_spiky_loss=True, check_for_large_grads=True))
+    watch.note({"final": [1.0, math.nan], "1": [2.0]}, math.inf)
+    assert watch.facts() == {"1": [2.0]}
+    save, flags = runs.root / "save", {"check_for_large_grads": True, "no_check_for_nan_in_loss_and_grad": True}
+    trainer = build_trainer(load(runs.flags(save=save, **flags)).config)
+    checkpoints.start(trainer)
+    with torch.no_grad():
+        trainer.model.final_norm.weight[0] = math.nan
+    assert train_step(trainer, step_batches(trainer, microbatches(trainer, make_datasets(trainer).train, 0))).applied
+    assert checkpoints.save(trainer).is_dir()
+
+
 @pytest.mark.parametrize("facts", [[1], {"final": 3}, {"final": ["x"]}])
 def test_damaged_facts_are_refused(facts: object) -> None:
     with pytest.raises(CheckpointError, match="spike_watch"):

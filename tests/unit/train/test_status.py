@@ -35,7 +35,7 @@ def test_errors(runs: Runs, capfd: pytest.CaptureFixture) -> None:
 def test_while_it_runs_and_after_a_kill(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def train(_trainer, started) -> str:
+    def train(_trainer, _stop, started) -> str:
         started()
         seen.append(status(runs))
         raise KeyboardInterrupt

@@ -13,6 +13,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,6 +32,7 @@ from megatron.model.stage import Stage
 from megatron.nn.layer import TransformerLayer
 from megatron.optim.optimizer import TrainingOptimizer
 from megatron.train import loop
+from megatron.train.status import Status
 from tests.unit.train.conftest import Runs, steps
 from tests.unit.train.test_resume import assert_same_end
 
@@ -44,6 +47,7 @@ SIGNALS = [[T], [I], [T, T], [T, I], [I, T], [I, I]]
 # Where a run comes by, beside the fault points of a save. The model has 4 layers; a step 4 microbatches of 2 samples.
 PLACES = {
     "load": (Reader, "read_data"),
+    "status": (Status, "__init__"),
     "build": (loop, "make_datasets"),
     "reader": (loader, "_leave_signals_to_the_trainer"),
     "read": (GPTDataset, "__getitem__"),
@@ -76,6 +80,7 @@ RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "re
 KEEP_ONE = {"save_interval": 2, "keep_last_n_checkpoints": 1}
 READERS, VALIDATION, ASYNC = {"num_workers": 2}, {"eval_interval": 4, "eval_iters": 2}, {"async_save": True}
 MOMENTS = {
+    "before the loop": Moment("status@1", "layer@1", 1, 0),
     "building the data": Moment("build@1", "layer@1", 1, 0),
     "reading": Moment("read@35", "read@36", 5, 3),
     "forward": Moment("layer@70", "layer@71", 5, 3),
@@ -89,8 +94,8 @@ MOMENTS = {
     "save over an old one": Moment("commit.move_aside@1", "commit.rename@1", 3, 3, before=3),
     "save, with its tracker": Moment("commit.rename@2", "file.rename@4", 6, 6),
     "save, pruning": Moment("commit.remove@1", "commit.empty@1", 6, 6, KEEP_ONE),
-    "save beside training": Moment("native.facts@1", "tensors.open@1", None, 3, ASYNC),
-    "forward, then its save by a thread": Moment("layer@70", "native.facts@2", 5, 5, ASYNC),
+    "save beside training": Moment("native.facts@1", "tensors.open@1", None, 0, ASYNC),
+    "forward, then its save by a thread": Moment("layer@70", "native.facts@2", 5, 3, ASYNC),
     "validation": Moment("evaluate@3", "layer@74", 4, 3, VALIDATION),
     "validation, to the readers too": Moment("evaluate@3", "layer@74", 4, 3, VALIDATION | READERS, to_group=True),
     "final test": Moment("evaluate@11", "layer@170", 8, 8, {"eval_iters": 2}, reason="finished"),
@@ -114,6 +119,8 @@ class Sender:
         elif word:
             number = signal.Signals[word]
             os.killpg(0, number) if self._to_group else os.kill(os.getpid(), number)
+            if threading.current_thread() is not threading.main_thread():
+                time.sleep(0.3)  # the main thread handles it before this one goes on
 
     def watch(self, owner: type | ModuleType, name: str, place: str) -> None:
         """Every call of that function passes `place` first."""
@@ -233,11 +240,21 @@ def tidy(save: Path) -> bool:
     return all(re.fullmatch(names, path.name) for path in save.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("where", "signals"),
-    [("forward", [I]), ("save", [I, T]), ("save beside training", [T]), ("validation, to the readers too", [T]),
-     ("forward, to the readers too", [I, I]), ("forward, then its save by a thread", [T, I])],
-)  # fmt: skip
+QUICK = [
+    ("forward", [I]), ("save", [I, T]), ("save beside training", [T]), ("validation, to the readers too", [T]),
+    ("forward, to the readers too", [I, I]), ("forward, then its save by a thread", [T, I]), ("before the loop", [T]),
+]  # fmt: skip
+
+
+def cases() -> Iterator[object]:
+    """Every moment with every order of signals; few of them are quick."""
+    for where in MOMENTS:
+        for signals in SIGNALS:
+            marks = [] if (where, signals) in QUICK else [pytest.mark.slow]
+            yield pytest.param(where, signals, marks=marks, id=f"{where}-{'+'.join(signals)}")
+
+
+@pytest.mark.parametrize(("where", "signals"), cases())
 def test_signals(runs: Signalled, where: str, signals: list[str]) -> None:
     check(runs, where, signals)
 
@@ -278,13 +295,6 @@ def test_a_reader_that_hangs_does_not_keep_the_run_from_ending(runs: Signalled) 
     flags = {"train_iters": LENGTH, "num_workers": 1}
     code, out = runs.signalled("stuck", Moment("layer@70", "layer@71", 5, 5), [T, "hang"], **flags)
     assert code == 0 and "stopping after iteration 5" in out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("signals", SIGNALS, ids="+".join)
-@pytest.mark.parametrize("where", MOMENTS)
-def test_signals_everywhere(runs: Signalled, where: str, signals: list[str]) -> None:
-    check(runs, where, signals)
 
 
 @pytest.mark.slow

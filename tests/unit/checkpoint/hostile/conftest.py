@@ -28,8 +28,11 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(root / WORDS / name, root / DIRECTORY)
     (root / DIRECTORY / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
-    pytest.importorskip("transformers")
-    pytest.importorskip("sentencepiece").SentencePieceTrainer.train(
+    import transformers  # noqa: F401 - all three are in tests/requirements.txt: without them nothing here means anything
+    from pyarrow import parquet, table
+    from sentencepiece import SentencePieceTrainer
+
+    SentencePieceTrainer.train(
         sentence_iterator=iter(["the cat sat on the mat"] * 20), model_prefix=str(root / WORDS / "words"),
         vocab_size=30, hard_vocab_limit=False, minloglevel=9, num_threads=1,
     )  # fmt: skip
@@ -48,7 +51,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_corpus(root / DATA / "corpus")
     (root / DATA / "sums.json").write_text(json.dumps([int(sum(read_corpus(root)[i])) for i in range(3)]))
     (root / "texts").mkdir()
-    parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").table
     parquet.write_table(table({"text": ["the cat"]}), root / "texts" / "corpus.parquet")
     (root / "texts" / "corpus.jsonl.gz").write_bytes(gzip.compress(b'{"text": "the cat"}\n'))
     for place in PLACES.values():

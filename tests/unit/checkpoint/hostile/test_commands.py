@@ -119,6 +119,7 @@ LEGACY_COMMANDS = {
 }
 
 
+@pytest.mark.usefixtures("run")  # a run imports late what it needs
 @pytest.mark.parametrize("command", LEGACY_COMMANDS)
 def test_commands_refuse_hostile_files_of_megatron(tmp_path: Path, command: str) -> None:
     actions = {}
