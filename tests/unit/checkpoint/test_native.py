@@ -1,5 +1,7 @@
+import errno
 import json
 import logging
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -185,6 +187,38 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_nothing_else(tmp_path, stat
     assert names(tmp_path) == ["iter_0000005", "latest_checkpointed_iteration.txt"]
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "5\n"
     assert_equal(native.read(directory).tensors, state.tensors)
+
+
+@pytest.mark.parametrize("operation", ["iterdir", "exists", "is_dir", "is_file"])
+def test_a_directory_that_is_stale(tmp_path, state, monkeypatch, operation):
+    """As a network file system answers once its server was restarted: whoever asks, it is a failed save."""
+    root = tmp_path / "save"
+    for iteration in (5, 6):
+        native.save(root, iteration, state)
+    plain = getattr(Path, operation)
+    asked = failed = 0
+    which = 1  # of the answers is an error
+
+    def stale(path: Path) -> object:
+        nonlocal asked
+        asked += root in (path, *path.parents)
+        if asked == which:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return plain(path)
+
+    while which < 20 and asked >= which - 1:
+        asked = 0
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, operation, stale)
+            try:
+                native.save(root, 6, state)
+                native.prune(root, 1, 6, {5})
+            except StorageError as error:
+                assert "Stale file handle" in str(error)
+                failed += 1
+        assert recognise(root).iteration == 6
+        which += 1
+    assert failed and which > 2
 
 
 @pytest.mark.parametrize("room", [0, 100, 700, 2000, 5000])

@@ -7,7 +7,6 @@ has succeeded again.
 
 import contextlib
 import ctypes
-import errno
 import json
 import os
 import resource
@@ -265,7 +264,7 @@ def test_a_disk_that_turns_read_only(on_a_disk: Callable) -> None:
     on_a_disk(1 << 19, turn)
 
 
-# --- permissions, staleness, slowness, tidy neighbours ----------------------------------------------------------
+# --- permissions, slowness, tidy neighbours ---------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -292,38 +291,6 @@ def test_a_directory_without_permission_to_write(others_root: Path) -> None:
     os.chmod(others_root, 0o755)
     save(others_root, LATER, 3)
     assert names(others_root) == {"iter_0000005", "iter_0000007", TRACKER}
-
-
-@pytest.mark.parametrize("operation", ["iterdir", "exists", "is_dir", "is_file"])
-def test_a_directory_that_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
-    """As a network file system answers once its server was restarted: whoever asks, it is a failed save."""
-    root = tmp_path / "save"
-    save(root, OLD, 1)
-    save(root, NEW, 1)
-    plain = getattr(Path, operation)
-    asked = failed = 0
-    which = 1  # of the answers is an error
-
-    def stale(path: Path) -> object:
-        nonlocal asked
-        asked += root in (path, *path.parents)
-        if asked == which:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return plain(path)
-
-    while which < 20 and asked >= which - 1:
-        asked = 0
-        with monkeypatch.context() as patched:
-            patched.setattr(Path, operation, stale)
-            try:
-                native.save(root, NEW, state(1))
-                native.prune(root, 1, NEW, {OLD})
-            except StorageError as error:
-                assert "Stale file handle" in str(error)
-                failed += 1
-        assert_whole(root, NEW, 1)
-        which += 1
-    assert failed and which > 2
 
 
 SLOW = "tensors.write:delay=0.003 commit.flush:delay=0.02 native.facts:delay=0.02 file.flush:delay=0.02"

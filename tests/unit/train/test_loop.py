@@ -20,7 +20,6 @@ from megatron.config.model import ModelConfig
 from megatron.data.gpt import GPTDataset
 from megatron.errors import DataError
 from megatron.train import checkpoints
-from megatron.train.step import train_step
 from tests.unit.train.conftest import Runs, steps
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -84,48 +83,6 @@ def test_fp16_overflow_skips_and_lowers_the_scale(runs: Runs) -> None:
     assert lines[-1]["loss_scale"] < 2.0**26
     first_applied = next(line for line in lines if not line.get("skipped"))
     assert first_applied["lr"] == 0.0  # schedules stand still on skipped steps
-
-
-def test_save_directory_of_the_other_format_is_refused_at_once(runs: Runs, capfd) -> None:
-    directory = runs.root / "save" / "iter_0000004" / "mp_rank_00"
-    directory.mkdir(parents=True)
-    (directory / "model_optim_rng.pt").write_bytes(b"")
-    assert main(runs.flags(save=runs.root / "save")) == 4
-    assert "iteration 4 in Megatron's format, which is never replaced" in capfd.readouterr().err
-
-
-def test_save_directory_with_foreign_content_is_refused_at_once(runs: Runs, capfd) -> None:
-    (runs.root / "save" / "iter_0000004").mkdir(parents=True)
-    (runs.root / "save" / "iter_0000004" / "notes.txt").write_text("mine")
-    assert main(runs.flags(save=runs.root / "save")) == 4
-    assert "iter_0000004, which is no checkpoint and never replaced" in capfd.readouterr().err
-
-
-def test_a_damaged_checkpoint_ahead_is_replaced(runs: Runs, capfd) -> None:
-    """It lost all by which checkpoints are told."""
-    save = runs.root / "save"
-    runs.train("m", save=save, save_interval=10)
-    for name in ("manifest.json", "facts.json"):
-        (save / "iter_0000020" / name).unlink()
-    runs.train("m", save=save, load=save)
-    out = capfd.readouterr().out
-    assert "iter_0000020 was not written to its end" in out and "looking for an older one" in out
-    assert recognise(save).iteration == 20
-
-
-def test_foreign_content_that_comes_while_it_trains_is_a_failed_save(runs: Runs, capfd, monkeypatch) -> None:
-    save = runs.root / "save"
-
-    def step(trainer, batches):
-        if trainer.progress.iteration == 5:
-            (save / "iter_0000008").mkdir()
-            (save / "iter_0000008" / "notes.txt").write_text("mine")
-        return train_step(trainer, batches)
-
-    monkeypatch.setattr("megatron.train.loop.train_step", step)
-    runs.train("m", save=save, save_interval=4)
-    assert "unknown content" in capfd.readouterr().out and recognise(save).iteration == 20
-    assert (save / "iter_0000008" / "notes.txt").read_text() == "mine"
 
 
 def test_a_model_beyond_the_memory_is_refused(runs: Runs, capfd) -> None:
@@ -265,24 +222,6 @@ def test_other_flags_on_resume_are_said(runs: Runs, capfd) -> None:
     runs.train("n", load=save, seed=77, split="70,20,10", adam_beta2=0.9)
     out = capfd.readouterr().out
     assert "seed: 1234 -> 77" in out and "split: 80,10,10 -> 70,20,10" in out and "adam_beta2: 0.999 -> 0.9" in out
-
-
-def test_an_earlier_run_ahead_of_this_one_is_said(runs: Runs, capfd) -> None:
-    runs.train("first", save=runs.root / "save", exit_interval=4)
-    runs.train("second", save=runs.root / "save", exit_interval=2)
-    out = capfd.readouterr().out
-    assert "holds iterations 4 to 4 of an earlier run: this one starts at 0" in out and "--load-iteration" not in out
-
-
-def test_rewinding_in_place_is_advised_against(runs: Runs, capfd) -> None:
-    save = runs.root / "save"
-    runs.train("m", save=save, save_interval=5)
-    runs.train("m", load=save, save=save, load_iteration=10, exit_interval=11)
-    assert (
-        "a restart without --load-iteration takes iteration 20: give a new --save directory" in capfd.readouterr().out
-    )
-    runs.train("m", load=save, save=runs.root / "new", load_iteration=10, exit_interval=11)
-    assert "--save directory" not in capfd.readouterr().out
 
 
 def test_nothing_left_to_train_is_said(runs: Runs, capfd) -> None:
