@@ -1,5 +1,7 @@
 """Losses and every gradient of one step are those of one process, in every layout (rows R3 and issue's equality)."""
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 
@@ -32,6 +34,18 @@ LAYOUTS = {
 }  # fmt: skip
 
 
+def product(models: Iterable[str], layouts: Iterable[str], each: int = 2) -> list:
+    """All pairs; `each` of every model's, such that every layout occurs too, are in the quick tier."""
+    layouts, pairs = list(layouts), []
+    for i, model in enumerate(models):
+        quick = {(i + k * (len(layouts) // each)) % len(layouts) for k in range(each)}
+        pairs += [
+            pytest.param(model, layout, marks=() if j in quick else pytest.mark.slow)
+            for j, layout in enumerate(layouts)
+        ]
+    return pairs
+
+
 def compare(
     ranks: Ranks, flags: str, layout: dict[str, int], more: str = "", dtype: torch.dtype = torch.float64
 ) -> None:
@@ -53,14 +67,12 @@ def compare(
             torch.testing.assert_close(found[name], tensor, rtol=slack * tolerance, atol=slack * tolerance, msg=name)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "layout"), product(MODELS, LAYOUTS))
 def test_a_step_is_that_of_one_process(ranks: Ranks, model: str, layout: str) -> None:
     compare(ranks, MODELS[model], LAYOUTS[layout])
 
 
-@pytest.mark.parametrize("layout", ["tp2", "tp4", "tp2pp2", "tp2pp2dp2"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "layout"), product(MODELS, ["tp2", "tp4", "tp2pp2", "tp2pp2dp2"], each=1))
 def test_with_sequence_parallelism(ranks: Ranks, model: str, layout: str) -> None:
     compare(ranks, MODELS[model], LAYOUTS[layout], "--sequence-parallel")
 
@@ -72,15 +84,19 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("layout", ["pp2", "tp2pp2", "pp2dp2"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("model", ["tied", "final_norm", "llama_pre", "mlp", "block"])
-def test_every_schedule(ranks: Ranks, model: str, schedule: str, layout: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    product(["tied", "final_norm", "llama_pre", "mlp", "block"], ["pp2", "tp2pp2", "pp2dp2"], each=1),
+)
+def test_every_schedule(ranks: Ranks, model: str, layout: str, schedule: str) -> None:
     compare(ranks, MODELS[model], LAYOUTS[layout], SCHEDULES[schedule])
 
 
-@pytest.mark.parametrize("layout", ["dp2", "dp4", "tp2dp2", "pp2dp2", "tp2pp2dp2"])
-@pytest.mark.parametrize("model", ["tied", "final_norm", "llama_pre"])
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    product(["tied", "final_norm", "llama_pre"], ["dp2", "dp4", "tp2dp2", "pp2dp2", "tp2pp2dp2"]),
+)
 def test_a_sharded_optimizer(ranks: Ranks, model: str, layout: str) -> None:
     compare(ranks, MODELS[model], LAYOUTS[layout], "--use-distributed-optimizer")
 

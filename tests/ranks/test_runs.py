@@ -14,7 +14,6 @@ from megatron.checkpoint.find import recognise
 from megatron.testing.corpus import training_flags, write_corpus
 
 SCRIPT = Path(__file__).parents[2] / "pretrain_early_exit_gpt.py"
-PP2DP2 = {"pipeline_model_parallel_size": 2}
 PARALLEL = {
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
     "tp2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
@@ -58,7 +57,9 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Launcher:
     return Launcher(tmp_path_factory.mktemp("runs"))
 
 
-@pytest.mark.parametrize("layout", PARALLEL)
+@pytest.mark.parametrize(
+    "layout", ["pp2", pytest.param("tp2", marks=pytest.mark.slow), pytest.param("dp2", marks=pytest.mark.slow)]
+)
 def test_resumed_in_the_same_layout_bit_for_bit(launcher: Launcher, layout: str) -> None:
     ranks, flags = PARALLEL[layout]
     whole = launcher.run(ranks, f"{layout}-whole.jsonl", **flags)
@@ -107,7 +108,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(launcher: Launcher) -> 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks through Linux's /proc")
-@pytest.mark.parametrize("layout", ["pp2", "dp2"])
+@pytest.mark.parametrize("layout", ["pp2", pytest.param("dp2", marks=pytest.mark.slow)])
 def test_a_rank_that_dies_ends_the_run_and_a_restart_goes_on(launcher: Launcher, layout: str) -> None:
     ranks, flags = PARALLEL[layout]
     whole = launcher.run(ranks, f"{layout}-undisturbed.jsonl", train_iters=40, lr_decay_iters=40, **flags)
