@@ -19,7 +19,7 @@ from megatron.nn.linear import OutputLayer
 from megatron.nn.norm import build_norm
 from megatron.nn.rotary import rotary_tables
 from megatron.parallel.rng import DropoutStream
-from megatron.parallel.tensor import ALONE, TensorParallel
+from megatron.parallel.tensor import ALONE, TensorParallel, splits
 
 Taps = dict[str, tuple[Tensor, ...]]  # exit label -> what its head starts from
 
@@ -64,6 +64,7 @@ class GPT(nn.Module):
         self.output = OutputLayer(padded_vocab_size, model.hidden_size, tp) if untied and last else None
         tied = (last and not untied) or (bool(specs) and not exits.untie_exit_output_weights)
         self.word_copy = OutputLayer(padded_vocab_size, model.hidden_size, tp) if tied and not first else None
+        self.splits = splits(self)  # how the tp ranks share each parameter, by name
 
     def head_labels(self) -> tuple[str, ...]:
         """Labels of the heads on this rank, shallow first, the final head last."""

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from megatron.model.gpt import GPT
 from megatron.parallel.placement import Placed
-from megatron.parallel.tensor import splits
 
 
 def named_parts(name: str, tensor: Tensor, model: GPT, vocab_size: int, first: int = 0) -> Iterator[tuple[str, Placed]]:
@@ -19,7 +18,7 @@ def named_parts(name: str, tensor: Tensor, model: GPT, vocab_size: int, first: i
 
     tensor: a parameter called `name` in `model` or anything of its shape; or, from row `first` on, some rows of that.
     """
-    dim = splits(model)[name].dim
+    dim = model.splits[name].dim
     for part, low, high, start, whole in _spans(name, model, vocab_size):
         a, b = max(low, first), min(high, first + len(tensor))
         if a >= b:
@@ -45,7 +44,7 @@ def _spans(name: str, model: GPT, vocab_size: int) -> Iterator[tuple[str, int, i
     """Which rows [low, high) of a rank's parameter are rows from `start` on of a named tensor of `whole` rows."""
     module, kind = name.rsplit(".", 1)
     rows, tp = model.get_parameter(name).shape[0], model.tp
-    ranks, rank = (tp.size, tp.rank) if splits(model)[name].dim == 0 else (1, 0)
+    ranks, rank = (tp.size, tp.rank) if model.splits[name].dim == 0 else (1, 0)
     if model.config.gated and module.endswith((".mlp.up", ".branch.up")):
         half = rows // 2
         yield f"{module.removesuffix('up')}gate.{kind}", 0, half, half * rank, half * ranks

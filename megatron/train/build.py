@@ -18,7 +18,6 @@ from megatron.optim.scaler import LossScaler
 from megatron.parallel.backend import Backend
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.p2p import PipelineLink
-from megatron.parallel.tensor import splits
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer
 from megatron.train.batch_size import training_length
@@ -91,7 +90,7 @@ def _check_batch(config: RunConfig, dp_size: int) -> None:
 
 def find_shared(config: RunConfig, model: GPT, mesh: Mesh) -> Shared:
     """Which parameters the ranks of the mesh have in common. Every rank must call this."""
-    split, num_stages = splits(model), count_stages(config.parallel, config.model.num_layers)
+    split, num_stages = model.splits, count_stages(config.parallel, config.model.num_layers)
     who = replicas(config.model, config.exits, num_stages, mesh.size("pp"))
     copies, foreign = [], set()
     for holders, prefixes in ((who.word, ("embedding.word.", "word_copy.")), (who.final_norm, ("final_norm.",))):
