@@ -191,7 +191,7 @@ def main() -> int:
     """Command line; returns the exit code."""
     options = arguments(__doc__)
     shape = Shape(layers=8, hidden=64, ffn=192, vocab=1024, length=64) if options.quick else Shape()
-    figures = cpu_figures(shape, 5 if options.quick else 15) + memory_figures(shape)
+    figures = cpu_figures(shape, 5 if options.quick else 31) + memory_figures(shape)
     large = Shape(layers=24, hidden=2048, ffn=5504, heads=16, vocab=50304, length=2048, batch=4)
     return finish("train_step", figures + gpu_figures(large, (6, 12), 5 if options.quick else 15), options)
 
