@@ -40,7 +40,8 @@ def evaluate(trainer: Trainer, batches: Iterable[TokenBatch]) -> dict[str, HeadM
     sums = torch.zeros(len(labels), 3, dtype=torch.float64, device=mesh.backend.device)
     tokens = torch.zeros((), dtype=torch.float64, device=mesh.backend.device)
     batches = iter(batches)
-    while window := list(islice(batches, _WINDOW)):
+    size = 1 if trainer.link is None else _WINDOW
+    while window := list(islice(batches, size)):
         scored = [_forward(trainer, batch) for batch in window]
         for batch, heads in zip(window, scored, strict=True):
             tokens += batch.loss_mask.sum()

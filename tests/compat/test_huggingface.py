@@ -108,7 +108,7 @@ def assert_same_logits(theirs: torch.nn.Module, ours: GPT) -> None:
     tokens = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(1))
     hidden = ours.embedding(tokens, None, None)
     context = ours.context(24, hidden)
-    _, taps = ours(hidden, context)
+    _, taps = ours(hidden, context, ours.stages[0])
     logits = ours.features("final", taps["final"], context) @ ours.output_weight("final").t()
     # Both compute in float64, but the reference keeps its rotary tables in fp32.
     torch.testing.assert_close(logits.transpose(0, 1), theirs(tokens).logits.double(), rtol=1e-5, atol=1e-4)

@@ -54,7 +54,7 @@ PLACES = {
     "layer": (TransformerLayer, "forward"),
     "backward": (Stage, "backward"),
     "update": (TrainingOptimizer, "step"),
-    "evaluate": (Stage, "evaluate"),
+    "evaluate": (Stage, "score"),
 }
 
 
