@@ -33,11 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _pretrain(argv: list[str]) -> None:
     config, found = resolve_config(argv)
     trainer = build_trainer(config)
-    try:
-        with trainer.mesh.noticing_loss():
-            _train(trainer, found)
-    finally:
-        trainer.mesh.close()
+    with trainer.mesh.noticing_loss():
+        _train(trainer, found)
+        trainer.mesh.close()  # not after an error: that could wait for ranks that are gone
 
 
 def _train(trainer: Trainer, found: Found | None) -> None:
@@ -45,7 +43,7 @@ def _train(trainer: Trainer, found: Found | None) -> None:
              trainer.mesh.describe())  # fmt: skip
     checkpoints.start(trainer, found)
     # A signal that comes as the run ends changes nothing any more.
-    with StopSignal() as stop, reported(trainer) as status:
+    with StopSignal() as stop, reported(trainer) as status, trainer.mesh.noticing_loss():
         status.reason = train(trainer, stop, status.started)
     log.info("run ended: %s", status.reason)
 
