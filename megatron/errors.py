@@ -8,6 +8,7 @@ class EELLMError(Exception):
     """Base of all errors with a message written for the user. `exit_code` ends the process."""
 
     exit_code = 1
+    everywhere = False  # whether every process of a run meets the same one
 
 
 class ConfigError(EELLMError):

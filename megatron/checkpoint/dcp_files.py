@@ -174,7 +174,9 @@ def go_on_unless(given_up: Event) -> None:
 
 def _cut(items: list[WriteItem]) -> list[list[WriteItem]]:
     """The items in parts of like size: the largest first, each to the part that has least."""
-    sizes = {id(item): item.tensor_data.size.numel() * item.tensor_data.properties.dtype.itemsize for item in items}
+    sizes = {
+        id(item): item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize for item in items
+    }
     count = max(1, min(MOST_FILES, sum(sizes.values()) // _FULL_FILE, len(items)))
     parts: list[list[WriteItem]] = [[] for _ in range(count)]
     totals = [0] * count

@@ -141,11 +141,11 @@ def load(
     *,
     ignore: tuple[str, ...] = (),
     convert: bool = False,
-    partial: bool = False,
+    elsewhere: Container[str] = (),
 ) -> None:
     """Fill live tensors (or views of them, or parts of whole ones) in place.
 
-    Every tensor of the checkpoint must have its target, unless `partial` says that other ranks have the others.
+    Every tensor of the checkpoint must have its target, here or (`elsewhere`) on another rank.
     `ignore` lists key prefixes of the checkpoint that are left aside, such as "optimizer/". With `convert`, model
     weights of another floating type are converted.
 
@@ -157,7 +157,7 @@ def load(
     found = without(_index(metadata), ignore)
     parts = {name: placed(tensor) for name, tensor in targets.items()}
     wanted = {name: (part.shape, part.view.dtype) for name, part in parts.items()}
-    ours = {name: entry for name, entry in found.items() if name in wanted} if partial else found
+    ours = {name: entry for name, entry in found.items() if name in wanted or name not in elsewhere}
     check(ours, wanted, str(directory), convert=convert)
     requests = {name: part for name, part in parts.items() if not name.endswith(PADDING)}
     padding = {

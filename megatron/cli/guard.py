@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-from megatron.errors import ConfigError, EELLMError
+from megatron.errors import EELLMError
 
 
 class _Terminated(KeyboardInterrupt):
@@ -17,7 +17,7 @@ class _Terminated(KeyboardInterrupt):
 def run_guarded(body: Callable[[], None], interrupted: str = "interrupted", rank: int = 0) -> int:
     """Run a command's body; returns the process's exit code. `interrupted` is said after Ctrl-C or SIGTERM.
 
-    rank: of several processes, which this is. What is wrong with flags is wrong for all, and the first one says it.
+    rank: of several processes, which this is. Errors marked as `everywhere` are said by the first one alone.
     """
     in_charge = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminate) if in_charge else None
@@ -27,7 +27,7 @@ def run_guarded(body: Callable[[], None], interrupted: str = "interrupted", rank
         body()
         sys.stdout.flush()
     except EELLMError as error:
-        if rank == 0 or not isinstance(error, ConfigError):
+        if rank == 0 or not getattr(error, "everywhere", False):
             sys.stderr.write(f"error: {f'[rank {rank}] ' if rank else ''}{error}\n")
         return error.exit_code
     except KeyboardInterrupt as stop:

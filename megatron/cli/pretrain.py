@@ -10,6 +10,7 @@ from megatron.cli.guard import run_guarded
 from megatron.config.flags import read_argv
 from megatron.config.load import check_training, load, merge_checkpoint_args
 from megatron.config.run import RunConfig
+from megatron.errors import ConfigError
 from megatron.logs import get_logger, setup_logging
 from megatron.parallel.mesh import launched_rank
 from megatron.train import checkpoints
@@ -31,7 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _pretrain(argv: list[str]) -> None:
-    config, found = resolve_config(argv)
+    try:
+        config, found = resolve_config(argv)
+    except ConfigError as error:
+        error.everywhere = True  # flags are the same for all
+        raise
     trainer = build_trainer(config)
     with trainer.mesh.noticing_loss():
         _train(trainer, found)

@@ -30,6 +30,11 @@ def virtual_stages_divide(config: RunConfig) -> Faults:
         )
 
 
+def split_backward_is_eager(config: RunConfig) -> Faults:
+    if config.parallel.pipeline_schedule == "zb-h1" and config.training.torch_compile:
+        yield "--pipeline-schedule zb-h1 and --torch-compile exclude each other: compiled layers don't split backward"
+
+
 def filling(config: RunConfig) -> Faults:
     parallel = config.parallel
     if not parallel.fill_explicit_bubbles:
@@ -72,6 +77,7 @@ def sequence_divides(config: RunConfig) -> Faults:
 PARALLEL_RULES: tuple[Callable[[RunConfig], Faults], ...] = (
     layers_divide,
     virtual_stages_divide,
+    split_backward_is_eager,
     filling,
     heads_divide,
     vocabulary_divides,

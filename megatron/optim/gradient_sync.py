@@ -1,7 +1,7 @@
 """Makes each rank's accumulated gradients those of the whole step, and counts every parameter once in their norm.
 
-In this order: sums over tp of what each rank saw but a part of the uses of; sums over the stages that hold copies of
-one parameter; sums over data-parallel ranks (the mean is taken where losses are weighed).
+In this order: sums over tp of what each rank saw but a part of the uses of; sums over data-parallel ranks (the mean is
+taken where losses are weighed); sums over the stages that hold copies of one parameter.
 """
 
 import math
@@ -74,12 +74,12 @@ class GradientSync:
         """Sum all gradients, in place. Every rank must call this."""
         shared, names = self._shared, self._parameters.keys()
         _sum(self._grads(name for name in names if name in shared.partial), self._mesh.group("tp"))
-        for group, copied in shared.copies:
-            _sum(self._grads(name for name in copied if name in names), group)
         if self.sharded:
             self._reduce_rows()
         else:
             _sum(self._grads(names), self._mesh.group("dp"))
+        for group, copied in shared.copies:  # last: then the copies' gradients are the same to the bit
+            _sum([self.own(grad).contiguous() for grad in self._grads(name for name in copied if name in names)], group)
 
     def hand_out(self) -> None:
         """Give every data-parallel rank the rows that the others have updated. Every rank must call this."""
@@ -138,7 +138,8 @@ class GradientSync:
             for rank in range(self._mesh.size("dp"))
         ]
         longest = max(segment.numel() for segment in rows)
-        return [torch.nn.functional.pad(segment, (0, longest - segment.numel())) for segment in rows]
+        missing = [longest - segment.numel() for segment in rows]
+        return [torch.nn.functional.pad(s, (0, lack)) if lack else s for s, lack in zip(rows, missing, strict=True)]
 
     def _scatter(self, segment: Tensor, bucket: list[Tensor], rank: int) -> None:
         """Inverse of `_segments` for one rank's."""

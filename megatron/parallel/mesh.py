@@ -7,13 +7,12 @@ process groups; everyone else is handed a `Mesh` and asks it.
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from megatron.config.parallel import ParallelConfig
 from megatron.errors import ConfigError, RankLostError
@@ -36,6 +35,7 @@ class Mesh:
     sizes: tuple[int, int, int] = (1, 1, 1)
     ranks: tuple[int, int, int] = (0, 0, 0)
     groups: Mapping[str, dist.ProcessGroup] = field(default_factory=dict, compare=False, repr=False)
+    timeout: timedelta | None = None
 
     @staticmethod
     def build(config: ParallelConfig, backend: Backend) -> "Mesh":
@@ -49,9 +49,9 @@ class Mesh:
             return Mesh(backend)
         if not dist.is_initialized():
             _join(config, backend)
-        axes = init_device_mesh(backend.device.type, sizes, mesh_dim_names=AXES)
-        groups = {axis: axes.get_group(axis) for axis, size in zip(AXES, sizes, strict=True) if size > 1}
-        return Mesh(backend, sizes, tuple(axes.get_coordinate()), groups)
+        mesh = Mesh(backend, sizes, _place(dist.get_rank(), sizes), timeout=_timeout(config))
+        groups = {axis: mesh.subgroup(axis, range(mesh.size(axis))) for axis in AXES if mesh.size(axis) > 1}
+        return replace(mesh, groups=groups)
 
     def size(self, axis: str) -> int:
         """Number of ranks along `axis`."""
@@ -89,14 +89,14 @@ class Mesh:
         mine = None
         for members in _lines(self.sizes, axis):
             chosen = [members[coordinate] for coordinate in coordinates]
-            group = dist.new_group(chosen) if len(chosen) > 1 else None
+            group = dist.new_group(chosen, timeout=self.timeout) if len(chosen) > 1 else None
             if self.world_rank in chosen:
                 mine = group
         return mine
 
     def everyone(self) -> dist.ProcessGroup | None:
         """A new gloo group of all ranks, for what must not meet the run's own messages; None for one rank alone."""
-        return dist.new_group(backend="gloo") if self.world_size > 1 else None
+        return dist.new_group(backend="gloo", timeout=self.timeout) if self.world_size > 1 else None
 
     def largest(self, value: int) -> int:
         """The largest of all ranks' values."""
@@ -180,8 +180,17 @@ def mesh_sizes(config: ParallelConfig, world: int) -> tuple[int, int, int]:
     return pp, world // (tp * pp), tp
 
 
+def _timeout(config: ParallelConfig) -> timedelta:
+    return timedelta(minutes=config.distributed_timeout_minutes)
+
+
+def _place(rank: int, sizes: Sequence[int]) -> tuple[int, int, int]:
+    _, dp, tp = sizes
+    return rank // (dp * tp), rank // tp % dp, rank % tp
+
+
 def _join(config: ParallelConfig, backend: Backend) -> None:
-    timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    timeout = _timeout(config)
     kinds = f"cpu:gloo,cuda:{backend.process_group}" if backend.is_cuda else backend.process_group
     device = backend.device if backend.is_cuda else None
     try:

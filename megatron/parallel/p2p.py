@@ -1,7 +1,8 @@
 """Messages between pipeline stages: hidden states up, gradients down.
 
-Each direction has a process group of its own, so that on a GPU a send in one never waits behind a receive in the other;
-within a direction messages between two ranks keep their order, which schedules are checked for.
+Each pair of ranks has a process group for each way and direction: on a GPU a group runs its messages one after another,
+so that a receive posted early would hold up a send of the same group. Messages of a group keep their order, which
+schedules are checked for.
 """
 
 from dataclasses import dataclass, field
@@ -16,28 +17,37 @@ UP, DOWN = 0, 1
 
 @dataclass
 class PipelineLink:
-    """Sends to and receives from the other pipeline ranks, none of which waits unless it is asked to."""
+    """Sends to and receives from the other pipeline ranks, none of which waits unless it is asked to.
+
+    groups: by (sending rank, receiving rank, direction), those of this rank.
+    """
 
     mesh: Mesh
-    groups: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]
+    groups: dict[tuple[int, int, int], dist.ProcessGroup]
     _sending: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
 
     @staticmethod
     def build(mesh: Mesh) -> "PipelineLink":
-        """Every rank must call this, in the same order."""
-        everyone = range(mesh.size("pp"))
-        return PipelineLink(mesh, (mesh.subgroup("pp", everyone), mesh.subgroup("pp", everyone)))
+        """Links each rank with the next and the last with the first. Every rank must call this, in the same order."""
+        size, groups = mesh.size("pp"), {}
+        for rank in range(size):
+            following = (rank + 1) % size
+            for sender, receiver, direction in ((rank, following, UP), (following, rank, DOWN)):
+                group = mesh.subgroup("pp", sorted((sender, receiver)))
+                if group is not None:
+                    groups[sender, receiver, direction] = group
+        return PipelineLink(mesh, groups)
 
     def send(self, tensor: Tensor, rank: int, direction: int) -> None:
         """Begin to send to a pipeline rank; the tensor is kept until it has gone."""
         self._sending = [(work, kept) for work, kept in self._sending if not work.is_completed()]
-        tensor = tensor.contiguous()
-        work = dist.isend(tensor, self.mesh.peer("pp", rank), group=self.groups[direction], tag=direction)
-        self._sending.append((work, tensor))
+        tensor, group = tensor.contiguous(), self.groups[self.mesh.rank("pp"), rank, direction]
+        self._sending.append((dist.isend(tensor, self.mesh.peer("pp", rank), group=group), tensor))
 
     def receive(self, into: Tensor, rank: int, direction: int) -> dist.Work:
         """Begin to receive from a pipeline rank; `wait` on what is returned before `into` is used."""
-        return dist.irecv(into, self.mesh.peer("pp", rank), group=self.groups[direction], tag=direction)
+        group = self.groups[rank, self.mesh.rank("pp"), direction]
+        return dist.irecv(into, self.mesh.peer("pp", rank), group=group)
 
     def finish(self) -> None:
         """Wait until all has been sent."""

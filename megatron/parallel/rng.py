@@ -1,7 +1,8 @@
 """Random streams derived from what they are for, so that there is no random state to carry or to save.
 
-A stream is named by (seed, purpose, step, microbatch, layer, ...): any layout, a recomputed forward and a resumed
-run draw the same numbers. torch's dropout takes no generator, so the global one is reseeded before each use.
+A stream is named by (seed, purpose, step, microbatch, layer, ...): a recomputed forward, a resumed run and any number
+of pipeline stages draw the same numbers; data- and tensor-parallel ranks draw their own. torch's dropout takes no
+generator, so the global one is reseeded before each use.
 """
 
 import hashlib

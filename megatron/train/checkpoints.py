@@ -1,7 +1,7 @@
 """What of a trainer goes into a checkpoint, and how one comes back: native or Megatron's, told apart by content."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -129,7 +129,7 @@ def start(trainer: Trainer, found: Found | None = None) -> None:
 
     `found`: the checkpoint that --load means, where it is known already.
     """
-    found = found or trainer.together.lead(lambda: find(trainer.config))
+    found = trainer.together.lead(lambda: found or find(trainer.config))
     if found is None:
         initialise(trainer.model, trainer.config.training.seed, trainer.vocab_size)
         if trainer.optimizer is not None:
@@ -169,19 +169,19 @@ def load(trainer: Trainer, found: Found) -> None:
     targets = state_tensors(trainer, optimizer=with_optimizer)
     ignore = () if with_optimizer else (OPTIMIZER,)
     what = str(found.directory)
+    elsewhere = frozenset().union(*trainer.peers.gather(frozenset(targets)))
     if found.format == NATIVE:
         about = read_run_facts(found.directory)
         _check_same_model(trainer.config, from_checkpoint(about["config"]), what)
         _check_same_tokenizer(trainer, about, what)
         if not fresh:
             _say_other_run(trainer.config, from_checkpoint(about["config"]), what)
-        partial = trainer.mesh.world_size > 1
-        native.load(found.directory, targets, ignore=ignore, convert=True, partial=partial)
+        native.load(found.directory, targets, ignore=ignore, convert=True, elsewhere=elsewhere)
     else:
         state = megatron_legacy.read(found.directory, trainer.vocab_size, with_optimizer=with_optimizer)
         about = state.facts
         _check_same_model(trainer.config, from_checkpoint(about["args"]), what, _UNSURE_IN_MEGATRON)
-        _copy_own(trainer, state.tensors, targets, what)
+        _copy_own(state.tensors, targets, elsewhere, what)
     if with_optimizer:
         trainer.optimizer.steps = about["optimizer_step"]
         trainer.scaler.restore(about.get("grad_scaler") or {})
@@ -194,15 +194,16 @@ def load(trainer: Trainer, found: Found) -> None:
             _restore_schedules(trainer, about)
 
 
-def _copy_own(trainer: Trainer, source: dict[str, Tensor], targets: dict[str, Placed], what: str) -> None:
-    """Copy this rank's part of a whole state. With several ranks, tensors without a target belong to others."""
-    if trainer.mesh.world_size > 1:
-        source = {
-            name: part.of(source[name]) if not name.endswith(PADDING) else source[name]
-            for name, part in targets.items()
-            if name in source
-        }
-    copy_into(source, views(targets), what, convert=True)
+def _copy_own(source: dict[str, Tensor], targets: dict[str, Placed], elsewhere: Container[str], what: str) -> None:
+    """Copy this rank's part of a whole state; what has its target `elsewhere` is another rank's."""
+    mine = {name: tensor for name, tensor in source.items() if name in targets or name not in elsewhere}
+    whole = {name: tensor.shape for name, tensor in mine.items()}
+    for name, part in targets.items():
+        if name.endswith(PADDING) and name in mine:
+            mine[name] = mine[name][part.offset[0] :]
+        elif whole.get(name) == part.shape:  # else `copy_into` says what doesn't fit
+            mine[name] = part.of(mine[name])
+    copy_into(mine, views(targets), what, convert=True)
 
 
 def _restore_progress(trainer: Trainer, about: dict[str, Any]) -> None:

@@ -76,7 +76,12 @@ def train(trainer: Trainer, stop: StopSignal | None = None, started: Callable[[]
 
 
 def _save_what_there_is(session: Session) -> None:
-    """The data broke: the state is that of the last whole step. A disk that refuses hides no other error."""
+    """The data broke: the state is that of the last whole step. A disk that refuses hides no other error.
+
+    Not with several ranks: the others wait in a step, and not for a save.
+    """
+    if session.trainer.mesh.world_size > 1:
+        return
     try:
         session.saver.finish(session.bad_steps)
     except StorageError as error:

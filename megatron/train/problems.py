@@ -1,4 +1,4 @@
-"""What kept a step from being applied, in words that name head, microbatch, parameter and rank.
+"""What kept a step from being applied, in words that name head, microbatch and rank; or parameter and stage.
 
 Called on every rank once all know that something is wrong; only then is it worth asking who saw it.
 """

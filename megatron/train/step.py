@@ -113,8 +113,8 @@ def make_objective(trainer: Trainer, batches: Sequence[TokenBatch]) -> Objective
 
 def _mean_tokens(trainer: Trainer, batches: Sequence[TokenBatch]) -> Tensor:
     """Unmasked tokens of a microbatch, averaged over the global batch."""
-    total = torch.stack([batch.loss_mask.sum() for batch in batches]).sum().clamp(min=1).double()
-    return trainer.mesh.sum(total, "dp") / (len(batches) * trainer.mesh.size("dp"))
+    total = torch.stack([batch.loss_mask.sum() for batch in batches]).sum().double()
+    return trainer.mesh.sum(total, "dp").clamp(min=1) / (len(batches) * trainer.mesh.size("dp"))
 
 
 def _advance(trainer: Trainer, batches: Sequence[TokenBatch], applied: bool) -> None:

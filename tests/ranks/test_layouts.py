@@ -7,8 +7,10 @@ import torch
 
 from megatron.config.run import RunConfig
 from megatron.parallel.mesh import ONE_RANK, Mesh
-from megatron.testing.layouts import assemble, build, one_step, toy_config
+from megatron.testing.layouts import VOCAB, assemble, build, one_step, toy_config
 from megatron.testing.ranks import Ranks
+from megatron.testing.tiny import random_batch
+from megatron.train.step import train_step
 
 GPT = ""
 LLAMA = (
@@ -113,3 +115,20 @@ def test_a_sharded_optimizer_keeps_its_share_of_the_state(ranks: Ranks, dp: int)
     config = toy_config(*MODELS["tied"].split(), "--use-distributed-optimizer")
     for state, parameters in ranks.run(state_elements, config, dp=dp):
         assert state <= 1.05 * 2 * parameters / dp
+
+
+def tied_matrix(mesh: Mesh, config: RunConfig) -> torch.Tensor:
+    """This stage's copy of the word embedding after a few steps."""
+    trainer = build(mesh, config, torch.float32)
+    for step in range(3):
+        batches = [random_batch(1, 16, VOCAB, seed=9 * step + 3 * m + mesh.rank("dp")) for m in range(2)]
+        train_step(trainer, batches)
+    return trainer.model.output_weight(trainer.model.head_labels()[-1]).detach()
+
+
+@pytest.mark.parametrize("more", ["", "--use-distributed-optimizer"])
+def test_copies_of_a_tied_matrix_stay_equal_to_the_bit(ranks: Ranks, more: str) -> None:
+    """Three terms: the order in which they are added makes a difference."""
+    config = toy_config(*MODELS["tied"].split(), *more.split(), "--global-batch-size", "6")
+    first, *others = ranks.run(tied_matrix, config, dp=3, pp=2)
+    assert all(torch.equal(first, other) for other in others)

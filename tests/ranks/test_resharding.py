@@ -9,7 +9,7 @@ from megatron.checkpoint import native
 from megatron.checkpoint.find import recognise
 from megatron.parallel.mesh import ONE_RANK
 from megatron.testing.layouts import assemble, resume_and_step, save_after_steps, toy_config
-from megatron.testing.ranks import Ranks
+from megatron.testing.ranks import RankError, Ranks
 
 FLAGS = (
     "--swiglu --exit-layer-nums 1 3 --exit-layer-weight 0.25 0.5 --use-exit-norm --group-query-attention "
@@ -62,3 +62,12 @@ def test_any_layout_reads_what_another_wrote(ranks: Ranks, saved, written: str, 
 @pytest.mark.parametrize("written", L10)
 def test_all_pairs(ranks: Ranks, saved, written: str, read: str) -> None:
     check(ranks, saved(written), read)
+
+
+@pytest.mark.parametrize("other", ["--untie-embeddings-and-output-weights", "--untie-exit-output-weights"])
+def test_what_no_rank_has_a_place_for_is_refused(ranks: Ranks, tmp_path: Path, other: str) -> None:
+    """Each rank has some of the model; what is left over by all of them belongs to another one."""
+    exits = "--exit-layer-nums 1 3"
+    ranks.run(save_after_steps, toy_config(*exits.split(), other, "--save", str(tmp_path)), 1)
+    with pytest.raises(RankError, match=r"not in the model:\n .*output.weight"):
+        ranks.run(resume_and_step, toy_config(*exits.split(), "--load", str(tmp_path)), pp=2)

@@ -128,6 +128,7 @@ CASES = [
     ("virtual_stages_divide", {**PP2, SCHEDULE: "interleaved"}, {**PP2, SCHEDULE: "interleaved", VIRTUAL: 1}, "needs"),
     ("virtual_stages_divide", {**PP2, SCHEDULE: "zb-h1", VIRTUAL: 1}, {**PP2, SCHEDULE: "zb-h1"}, "one stage a rank"),
     ("filling", {**FILL, "pipeline_model_parallel_size": 1}, FILL, "--pipeline-model-parallel-size above 1"),
+    ("split_backward_is_eager", {SCHEDULE: "zb-h1", "torch_compile": True}, {SCHEDULE: "zb-h1"}, "exclude each other"),
     ("filling", {**FILL, SCHEDULE: "gpipe"}, FILL, "the bubbles of --pipeline-schedule 1f1b"),
     ("filling", {**FILL, "calculate_per_token_loss": True}, FILL, "exclude each other"),
     ("filling", {**FILL, "exit_layer_nums": ()}, FILL, "needs exits"),

@@ -31,7 +31,7 @@ from megatron.data.gpt import GPTDataset
 from megatron.model.stage import Stage
 from megatron.nn.layer import TransformerLayer
 from megatron.optim.optimizer import TrainingOptimizer
-from megatron.train import loop
+from megatron.train import evaluate, loop
 from megatron.train.status import Status
 from tests.unit.train.conftest import Runs, steps
 from tests.unit.train.test_resume import assert_same_end
@@ -54,7 +54,7 @@ PLACES = {
     "layer": (TransformerLayer, "forward"),
     "backward": (Stage, "backward"),
     "update": (TrainingOptimizer, "step"),
-    "evaluate": (Stage, "score"),
+    "evaluate": (evaluate, "_forward"),
 }
 
 
