@@ -2,7 +2,7 @@
 # Lint, import rules and tests, in a .venv that is made if need be:
 #
 #   bash tests/run.sh                   all but the tests marked slow
-#   bash tests/run.sh --quick           the inner loop: leaves out whole training runs
+#   bash tests/run.sh --quick           the inner loop: leaves out whole training runs and runs of several ranks
 #   bash tests/run.sh [--quick] WORDS   WORDS go to pytest: tests/unit/optim, -k resume, -x, -n 0 (one process)
 #   bash tests/run.sh -m slow           the full figures, by hand
 #
@@ -30,7 +30,7 @@ bin=$PWD/.venv/bin
 
 if [ -n "$quick" ]; then
     set -- --ignore=tests/golden/test_trajectory_golden.py --ignore=tests/curves --ignore=tests/unit/train \
-        --ignore=tests/house/test_commands.py "$@"
+        --ignore=tests/house/test_commands.py --ignore=tests/ranks "$@"
 fi
 
 report=
