@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.checkpoint import commit
 from megatron.checkpoint.commit import Staged
 from megatron.errors import EELLMError
+from megatron.parallel.mesh import Mesh
 
 T = TypeVar("T")
 
@@ -25,6 +26,11 @@ class Together:
     group: dist.ProcessGroup | None = None
     leads: bool = True
     size: int = 1
+
+    @staticmethod
+    def of(mesh: Mesh) -> "Together":
+        """All ranks of a mesh, in a group of their own. Every rank must call this."""
+        return Together(mesh.everyone(), mesh.is_main, mesh.world_size)
 
     def lead(self, work: Callable[[], T]) -> T:
         """What `work` returned on the leading rank, on all; or the error it raised there, on all."""

@@ -27,7 +27,7 @@ def run_guarded(body: Callable[[], None], interrupted: str = "interrupted", rank
         body()
         sys.stdout.flush()
     except EELLMError as error:
-        if rank == 0 or not getattr(error, "everywhere", False):
+        if rank == 0 or not error.everywhere:
             sys.stderr.write(f"error: {f'[rank {rank}] ' if rank else ''}{error}\n")
         return error.exit_code
     except KeyboardInterrupt as stop:

@@ -9,8 +9,6 @@ from megatron.config.parallel import ParallelConfig
 from megatron.errors import ConfigError
 from megatron.exits.spec import FINAL, ExitSpec, exit_specs
 
-WORD, FINAL_NORM = "embedding.word", "final_norm"  # the modules of which several ranks may need a copy
-
 
 @dataclass(frozen=True)
 class StageSpec:

@@ -103,7 +103,7 @@ class OutputLayer(nn.Module):
 
 
 class _Linear(torch.autograd.Function):
-    """`enter` a region and multiply; the gradients' collectives overlap with computing them.
+    """Enter a region and multiply; the gradients' collectives overlap with computing them.
 
     With sequence parallelism the input is kept cut, and gathered once more for the matrix's gradient.
     """

@@ -79,7 +79,7 @@ class GradientSync:
         else:
             _sum(self._grads(names), self._mesh.group("dp"))
         for group, copied in shared.copies:  # last: then the copies' gradients are the same to the bit
-            _sum([self.own(grad).contiguous() for grad in self._grads(name for name in copied if name in names)], group)
+            _sum([self.own(grad) for grad in self._grads(name for name in copied if name in names)], group)
 
     def hand_out(self) -> None:
         """Give every data-parallel rank the rows that the others have updated. Every rank must call this."""

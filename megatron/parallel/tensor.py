@@ -40,10 +40,6 @@ class TensorParallel:
         assert whole % self.size == 0, f"{whole} does not divide by tp={self.size}"
         return whole // self.size
 
-    def enter(self, x: Tensor) -> Tensor:
-        """Into a region: the whole hidden state; its gradient is summed over the ranks on the way back."""
-        return x if self.size == 1 else _Enter.apply(x, self)
-
     def leave(self, x: Tensor) -> Tensor:
         """Out of a region: the sum over the ranks, with sequence parallelism this rank's part of it."""
         return x if self.size == 1 else _Leave.apply(x, self)
@@ -106,23 +102,11 @@ def splits(model: nn.Module) -> dict[str, Split]:
     }
 
 
-class _Enter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
-        ctx.tp = tp
-        return tp.gather(x) if tp.sequence else x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.tp.reduce(grad.clone()), None
-
-
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
         ctx.tp = tp
-        return tp.reduce(x.clone())
+        return tp.reduce(x if tp.sequence else x.clone())  # which sums in place unless it cuts
 
     @staticmethod
     @once_differentiable
