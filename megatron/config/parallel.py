@@ -26,6 +26,9 @@ class ParallelConfig:
     num_layers_per_virtual_pipeline_stage: int | None = setting(
         None, "Layers per stage where each rank has several stages; turns 1f1b into interleaved."
     )
+    pipeline_model_parallel_layout: str | None = setting(
+        None, "Stages of unequal depth: E, t (a layer) and L (the head) with | between stages, as Et*3|t*5|t*4L."
+    )
     fill_explicit_bubbles: bool = setting(
         False, "Use idle time of 1f1b for partial microbatches that only train exits (EE-LLM; pp > 1)."
     )

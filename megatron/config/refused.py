@@ -87,7 +87,6 @@ ACCEPTED: tuple[Accepted, ...] = (
 
 # Reason, then the flags it stands for.
 _REFUSED: tuple[tuple[str, str], ...] = (
-    ("stages are of equal depth in this version", "--pipeline-model-parallel-layout"),
     ("the first stage has the embedding", "--standalone-embedding-stage"),
     ("recomputed activations are kept whole; use --sequence-parallel", "--distribute-saved-activations"),
     ("tuning exits on a frozen backbone is not in this version yet", "--tune-exit"),

@@ -2,32 +2,43 @@
 
 from collections.abc import Callable, Iterator
 
+from megatron.config.layout import stage_depths
 from megatron.config.run import RunConfig
+from megatron.errors import ConfigError
 
 Faults = Iterator[str]
 
 
 def layers_divide(config: RunConfig) -> Faults:
-    layers, pp = config.model.num_layers, config.parallel.pipeline_model_parallel_size
-    if layers and pp > 0 and layers % pp:
-        yield f"--pipeline-model-parallel-size {pp} does not divide --num-layers {layers}: every stage has as many"
+    depth = config.parallel.num_layers_per_virtual_pipeline_stage
+    if not config.model.num_layers or config.parallel.pipeline_model_parallel_size < 1 or (depth or 1) < 1:
+        return
+    try:
+        stage_depths(config.parallel, config.model.num_layers)
+    except ConfigError as error:
+        yield str(error)
 
 
-def virtual_stages_divide(config: RunConfig) -> Faults:
-    layers, parallel = config.model.num_layers, config.parallel
-    depth, pp = parallel.num_layers_per_virtual_pipeline_stage, parallel.pipeline_model_parallel_size
-    if depth and layers and pp > 0 and layers % (depth * pp):
+def chunks_fit_the_schedule(config: RunConfig) -> Faults:
+    parallel, several = config.parallel, _several_stages(config)
+    if parallel.pipeline_schedule == "interleaved" and several is False:
         yield (
-            f"--num-layers-per-virtual-pipeline-stage {depth} on {pp} pipeline ranks does not divide --num-layers "
-            f"{layers}: each rank has as many stages of as many layers"
+            "--pipeline-schedule interleaved needs several stages on each rank: give "
+            "--num-layers-per-virtual-pipeline-stage, or a --pipeline-model-parallel-layout of more stages"
         )
-    if parallel.pipeline_schedule == "interleaved" and not depth:
-        yield "--pipeline-schedule interleaved needs --num-layers-per-virtual-pipeline-stage: give it"
-    if depth and layers and depth * pp < layers and parallel.pipeline_schedule in ("gpipe", "zb-h1"):
+    if several and parallel.pipeline_schedule in ("gpipe", "zb-h1"):
         yield (
             f"--pipeline-schedule {parallel.pipeline_schedule} has one stage a rank: leave out "
             "--num-layers-per-virtual-pipeline-stage, or choose interleaved"
         )
+
+
+def _several_stages(config: RunConfig) -> bool | None:
+    """Whether a rank has several stages; None where the layers don't spread at all."""
+    layers, parallel = config.model.num_layers, config.parallel
+    if not layers or parallel.pipeline_model_parallel_size < 1 or next(layers_divide(config), None):
+        return None
+    return len(stage_depths(parallel, layers)) > parallel.pipeline_model_parallel_size
 
 
 def split_backward_is_eager(config: RunConfig) -> Faults:
@@ -41,7 +52,7 @@ def filling(config: RunConfig) -> Faults:
         return
     if parallel.pipeline_model_parallel_size == 1:
         yield "--fill-explicit-bubbles needs --pipeline-model-parallel-size above 1: one stage has no bubbles"
-    if parallel.pipeline_schedule != "1f1b" or parallel.num_layers_per_virtual_pipeline_stage:
+    if parallel.pipeline_schedule != "1f1b" or _several_stages(config):
         yield "--fill-explicit-bubbles fills the bubbles of --pipeline-schedule 1f1b without virtual stages"
     if config.training.calculate_per_token_loss:
         yield "--fill-explicit-bubbles and --calculate-per-token-loss exclude each other: fillers count as microbatches"
@@ -76,7 +87,7 @@ def sequence_divides(config: RunConfig) -> Faults:
 
 PARALLEL_RULES: tuple[Callable[[RunConfig], Faults], ...] = (
     layers_divide,
-    virtual_stages_divide,
+    chunks_fit_the_schedule,
     split_backward_is_eager,
     filling,
     heads_divide,

@@ -4,9 +4,8 @@ import torch
 
 from megatron.config.run import RunConfig
 from megatron.errors import ConfigError
-from megatron.exits.spec import exit_specs
 from megatron.model.gpt import GPT
-from megatron.model.partition import count_stages, partition, stages_of_rank
+from megatron.model.partition import stages_of, stages_of_rank
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.tensor import TensorParallel
 from megatron.tokenizer.base import padded_vocab_size
@@ -14,9 +13,7 @@ from megatron.tokenizer.base import padded_vocab_size
 
 def build_model(config: RunConfig, mesh: Mesh, vocab_size: int, dtype: torch.dtype | None = None) -> GPT:
     """This rank's stages of the model, on its device and in its dtype, uninitialised."""
-    stages = partition(
-        config.model.num_layers, exit_specs(config.exits), count_stages(config.parallel, config.model.num_layers)
-    )
+    stages = stages_of(config.model, config.exits, config.parallel)
     mine = stages_of_rank(stages, mesh.rank("pp"), mesh.size("pp"))
     rows = padded_rows(config, vocab_size)
     tp = TensorParallel.of(mesh, config.parallel.sequence_parallel)

@@ -2,8 +2,11 @@
 torch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
+from megatron.config.layout import stage_depths
 from megatron.config.model import ExitConfig, ModelConfig
 from megatron.config.parallel import ParallelConfig
 from megatron.errors import ConfigError
@@ -27,34 +30,31 @@ class StageSpec:
         return (*(spec.label for spec in self.exits), *((FINAL,) if self.is_last else ()))
 
 
-def partition(num_layers: int, exits: tuple[ExitSpec, ...], num_stages: int) -> tuple[StageSpec, ...]:
-    """Cut the layers into equal stages; an exit belongs to the stage of the layer it taps.
+def partition(depths: Sequence[int], exits: Sequence[ExitSpec]) -> tuple[StageSpec, ...]:
+    """Stages of so many layers each; an exit belongs to the stage of the layer it taps.
 
-    Raises ConfigError where layers don't divide or an exit lies outside the model.
+    Raises ConfigError where an exit lies outside the model.
     """
-    if num_layers % num_stages:
-        raise ConfigError(f"--num-layers {num_layers} does not divide into {num_stages} pipeline stages of equal depth")
+    borders = (0, *accumulate(depths))
     for spec in exits:
-        if not 0 <= spec.layer < num_layers:
-            raise ConfigError(f"--exit-layer-nums: exit {spec.label} is not a layer of 1..{num_layers}")
-    depth = num_layers // num_stages
+        if not 0 <= spec.layer < borders[-1]:
+            raise ConfigError(f"--exit-layer-nums: exit {spec.label} is not a layer of 1..{borders[-1]}")
     return tuple(
         StageSpec(
             index,
-            index * depth,
-            (index + 1) * depth,
-            tuple(spec for spec in exits if index * depth <= spec.layer < (index + 1) * depth),
+            first,
+            last,
+            tuple(spec for spec in exits if first <= spec.layer < last),
             index == 0,
-            index == num_stages - 1,
+            index == len(depths) - 1,
         )
-        for index in range(num_stages)
+        for index, (first, last) in enumerate(pairwise(borders))
     )
 
 
-def count_stages(config: ParallelConfig, num_layers: int) -> int:
-    """Pipeline stages of a model: one a rank, or those of --num-layers-per-virtual-pipeline-stage layers."""
-    depth = config.num_layers_per_virtual_pipeline_stage
-    return num_layers // depth if depth else config.pipeline_model_parallel_size
+def stages_of(model: ModelConfig, exits: ExitConfig, parallel: ParallelConfig) -> tuple[StageSpec, ...]:
+    """All stages of a run's model. Raises ConfigError where the flags can't be met."""
+    return partition(stage_depths(parallel, model.num_layers), exit_specs(exits))
 
 
 def stages_of_rank(stages: tuple[StageSpec, ...], rank: int, num_ranks: int) -> tuple[StageSpec, ...]:
@@ -70,13 +70,12 @@ class Replicas:
     final_norm: tuple[int, ...]
 
 
-def replicas(model: ModelConfig, exits: ExitConfig, num_stages: int, num_ranks: int) -> Replicas:
+def replicas(model: ModelConfig, exits: ExitConfig, stages: tuple[StageSpec, ...], num_ranks: int) -> Replicas:
     """Who needs the word embedding (for input, tied heads) and the final norm (for the last head, exits that share it).
 
     The owner of the word embedding is the first rank, that of the final norm the last stage's.
     """
-    stages = partition(model.num_layers, exit_specs(exits), num_stages)
-    last = (num_stages - 1) % num_ranks
+    last = (len(stages) - 1) % num_ranks
     with_exits = {stage.index % num_ranks for stage in stages if stage.exits}
     tied_head = set() if model.untie_embeddings_and_output_weights else {last}
     tied_exits = set() if exits.untie_exit_output_weights else with_exits

@@ -46,7 +46,7 @@ def build_gpt(
 ) -> GPT:
     """An initialised one-stage model with gradient buffers, on the CPU. Norms and biases are perturbed too."""
     exits = exits or ExitConfig()
-    stages = partition(model.num_layers, exit_specs(exits), 1)
+    stages = partition((model.num_layers,), exit_specs(exits))
     gpt = GPT(model, exits, stages, padded_vocab_size).to(dtype)
     initialise(gpt, seed, vocab_size)
     noise = torch.Generator().manual_seed(seed)

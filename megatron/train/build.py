@@ -5,10 +5,9 @@ import torch
 from megatron.checkpoint.together import Together
 from megatron.config.run import RunConfig
 from megatron.errors import ConfigError
-from megatron.exits.spec import exit_specs
 from megatron.model.build import build_model
 from megatron.model.gpt import GPT
-from megatron.model.partition import count_stages, partition, replicas
+from megatron.model.partition import replicas, stages_of
 from megatron.model.stage import Stage
 from megatron.nn.linear import defer_weight_gradients
 from megatron.optim.gradient_sync import Shared
@@ -45,7 +44,6 @@ def build_trainer(config: RunConfig, backend: Backend | None = None, dtype: torc
         ) from error
     if config.training.torch_compile:
         compile_layers(model)
-    num_stages = count_stages(config.parallel, config.model.num_layers)
     later = defer_weight_gradients(model) if config.parallel.pipeline_schedule == "zb-h1" else None
     shared, optimizer = find_shared(config, model, mesh), None
     if not config.training.skip_train:
@@ -58,7 +56,7 @@ def build_trainer(config: RunConfig, backend: Backend | None = None, dtype: torc
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
         model=model,
-        partition=partition(config.model.num_layers, exit_specs(config.exits), num_stages),
+        partition=stages_of(config.model, config.exits, config.parallel),
         stages={spec.index: Stage(model, tokenizer.vocab_size, spec, later) for spec in model.stages},
         link=PipelineLink.build(mesh) if mesh.size("pp") > 1 else None,
         shared=shared,
@@ -90,8 +88,8 @@ def _check_batch(config: RunConfig, dp_size: int) -> None:
 
 def find_shared(config: RunConfig, model: GPT, mesh: Mesh) -> Shared:
     """Which parameters the ranks of the mesh have in common. Every rank must call this."""
-    split, num_stages = model.splits, count_stages(config.parallel, config.model.num_layers)
-    who = replicas(config.model, config.exits, num_stages, mesh.size("pp"))
+    split, stages = model.splits, stages_of(config.model, config.exits, config.parallel)
+    who = replicas(config.model, config.exits, stages, mesh.size("pp"))
     copies, foreign = [], set()
     for holders, prefixes in ((who.word, ("embedding.word.", "word_copy.")), (who.final_norm, ("final_norm.",))):
         names = tuple(name for name in split if name.startswith(prefixes))

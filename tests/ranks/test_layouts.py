@@ -95,6 +95,26 @@ def test_every_schedule(ranks: Ranks, model: str, layout: str, schedule: str) ->
     compare(ranks, MODELS[model], LAYOUTS[layout], SCHEDULES[schedule])
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("zb-h1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("model", "stages"),
+    [
+        ("mlp", "Et|t*3L"),
+        ("tied", "E|t*4L"),
+        pytest.param("final_norm", "Et*4|L", marks=pytest.mark.slow),
+        pytest.param("block", "Et*3|tL", marks=pytest.mark.slow),
+    ],
+)
+def test_stages_of_unequal_depth(ranks: Ranks, model: str, stages: str, schedule: str) -> None:
+    layout = f"--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout {stages}"
+    compare(ranks, MODELS[model], {"pp": 2}, f"{layout} --pipeline-schedule {schedule}")
+
+
+def test_chunks_of_unequal_depth(ranks: Ranks) -> None:
+    layout = "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout E|t*2|t|tL"
+    compare(ranks, MODELS["tied"], {"pp": 2}, layout)
+
+
 @pytest.mark.parametrize(
     ("model", "layout"),
     product(["tied", "final_norm", "llama_pre"], ["dp2", "dp4", "tp2dp2", "pp2dp2", "tp2pp2dp2"]),

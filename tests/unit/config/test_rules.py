@@ -22,6 +22,7 @@ SIZES = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "seq_leng
 RULES = {rule.__name__: rule for rule in (*MODEL_RULES, *PARALLEL_RULES, *RUN_RULES)}
 EXITS = {"exit_layer_nums": (1, 2)}
 PP2, TP = {"pipeline_model_parallel_size": 2}, {"tensor_model_parallel_size": 2}
+LAYOUT = "pipeline_model_parallel_layout"
 VIRTUAL, SCHEDULE = "num_layers_per_virtual_pipeline_stage", "pipeline_schedule"
 FILL = {**PP2, **EXITS, "fill_explicit_bubbles": True}
 ROPE = {"position_embedding_type": "rope"}
@@ -124,9 +125,21 @@ CASES = [
         {"pipeline_model_parallel_size": 2},
         "--pipeline-model-parallel-size 3 does not divide --num-layers 4",
     ),
-    ("virtual_stages_divide", {**PP2, VIRTUAL: 3}, {**PP2, VIRTUAL: 1}, "3 on 2 pipeline ranks does not divide"),
-    ("virtual_stages_divide", {**PP2, SCHEDULE: "interleaved"}, {**PP2, SCHEDULE: "interleaved", VIRTUAL: 1}, "needs"),
-    ("virtual_stages_divide", {**PP2, SCHEDULE: "zb-h1", VIRTUAL: 1}, {**PP2, SCHEDULE: "zb-h1"}, "one stage a rank"),
+    ("layers_divide", {**PP2, VIRTUAL: 3}, {**PP2, VIRTUAL: 1}, "3 on 2 pipeline ranks does not divide"),
+    ("layers_divide", {**PP2, LAYOUT: "Et*5|L"}, {**PP2, LAYOUT: "Et*4|L"}, "it has 5 layers"),
+    (
+        "chunks_fit_the_schedule",
+        {**PP2, SCHEDULE: "interleaved"},
+        {**PP2, SCHEDULE: "interleaved", VIRTUAL: 1},
+        "needs several stages",
+    ),
+    (
+        "chunks_fit_the_schedule",
+        {**PP2, SCHEDULE: "gpipe", LAYOUT: "Et|t|t|tL"},
+        {**PP2, SCHEDULE: "gpipe", LAYOUT: "Et|t*3L"},
+        "one stage a rank",
+    ),
+    ("chunks_fit_the_schedule", {**PP2, SCHEDULE: "zb-h1", VIRTUAL: 1}, {**PP2, SCHEDULE: "zb-h1"}, "one stage a rank"),
     ("filling", {**FILL, "pipeline_model_parallel_size": 1}, FILL, "--pipeline-model-parallel-size above 1"),
     ("split_backward_is_eager", {SCHEDULE: "zb-h1", "torch_compile": True}, {SCHEDULE: "zb-h1"}, "exclude each other"),
     ("filling", {**FILL, SCHEDULE: "gpipe"}, FILL, "the bubbles of --pipeline-schedule 1f1b"),

@@ -15,7 +15,7 @@ from megatron.testing.tiny import model_config
 
 def fresh(model, exits=None, seed=1, rows=64):
     exits = exits or ExitConfig()
-    gpt = GPT(model, exits, partition(model.num_layers, exit_specs(exits), 1), rows)
+    gpt = GPT(model, exits, partition((model.num_layers,), exit_specs(exits)), rows)
     initialise(gpt, seed, vocab_size=60)
     return gpt
 
