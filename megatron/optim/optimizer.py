@@ -5,8 +5,9 @@ through a hook (or directly, where the dtypes agree), vocabulary heads in `nn.cr
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,9 @@ class TrainingOptimizer:
         self.sync = GradientSync(mesh or ONE_RANK, self.parameters, shared or Shared(), sharded)
         self.clip_grad = config.clip_grad
         self.masters = {name: _master(p, self.sync) for name, p in self.parameters.items()}
-        self._hooks = [_attach_gradient_buffer(p) for p in self.parameters.values()]
+        for name, p in self.parameters.items():
+            _attach_gradient_buffer(p, partial(self.sync.made, name) if self.sync.overlaps else None)
+        self.sync.make_buckets()
         for name, p in self.parameters.items():
             self.masters[name].grad = self.sync.own(p.main_grad)
         groups = [
@@ -67,12 +70,11 @@ class TrainingOptimizer:
     def step(
         self, lr: float, weight_decay: float, loss_scale: float, check_finite: bool, limit: float | None = None
     ) -> StepResult:
-        """Unscale, measure, clip and apply the accumulated gradients.
+        """Unscale, measure, clip and apply the accumulated gradients, which `sync.finish` has made whole.
 
         A gradient norm that is not finite (with `check_finite`) or above `limit` leaves parameters and moments
         untouched.
         """
-        self.sync.reduce()
         norm = self.sync.total_norm() / loss_scale
         if (check_finite and not math.isfinite(norm)) or (limit is not None and norm > limit):
             return StepResult(False, norm)
@@ -158,19 +160,23 @@ def _master(parameter: nn.Parameter, sync: GradientSync) -> nn.Parameter:
     return nn.Parameter(sync.own(parameter.detach())) if sync.sharded else parameter
 
 
-def _attach_gradient_buffer(parameter: nn.Parameter) -> object | None:
-    """Give the parameter its `main_grad`; returns the hook that fills it, if one is needed."""
+def _attach_gradient_buffer(parameter: nn.Parameter, made: Callable[[], None] | None) -> None:
+    """Give the parameter its `main_grad`, which backward passes add to; each then calls `made`."""
     precise = torch.promote_types(torch.float32, parameter.dtype)
     parameter.main_grad = torch.zeros_like(parameter, dtype=precise)
-    if precise == parameter.dtype:
-        parameter.grad = parameter.main_grad  # autograd then adds in place
-        return None
+    adds_in_place = precise == parameter.dtype
+    if adds_in_place:
+        parameter.grad = parameter.main_grad
 
-    def add(p: nn.Parameter) -> None:
-        p.main_grad.add_(p.grad)
-        p.grad = None
+    def added(p: nn.Parameter) -> None:
+        if not adds_in_place:
+            p.main_grad.add_(p.grad)
+            p.grad = None
+        if made is not None:
+            made()
 
-    return parameter.register_post_accumulate_grad_hook(add)
+    if made is not None or not adds_in_place:
+        parameter.register_post_accumulate_grad_hook(added)
 
 
 def _build(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatron.schedule.actions import Action, Flow, Op, Schedule, other_end
+from megatron.schedule.check import adds_gradients
 from megatron.schedule.terms import Normalization, Terms, derive_terms
 
 Key = tuple[int, int]  # stage, microbatch
@@ -48,8 +49,12 @@ class LinkLike(Protocol):
 
 @dataclass
 class Step:
-    """What the actions of a step work on. batches, streams: data and dropout streams by microbatch. share: stage and
-    microbatch to how its losses weigh. reduce: sums a stage's gradient bucket over its ranks."""
+    """What the actions of a step work on.
+
+    batches, streams: data and dropout streams by microbatch. share: stage and microbatch to how its losses weigh.
+    reduce: begins to sum a stage's gradient bucket over its ranks. watch: told of a stage before its last B, during
+    which buckets become whole one by one.
+    """
 
     stages: Mapping[int, StageLike]
     batches: Sequence[Any]
@@ -57,6 +62,7 @@ class Step:
     objective: Any
     share: Callable[[int, int], Any]
     reduce: Callable[[int, int], None] | None = None
+    watch: Callable[[int], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,14 @@ class Plan:
     schedule: Schedule
     flow: Flow
     terms: Terms
+    last_backwards: frozenset[Action]
 
     @staticmethod
     def of(schedule: Schedule, normalization: Normalization = "unbiased") -> "Plan":
         """The plan of a valid schedule."""
-        return Plan(schedule, Flow.of(schedule), derive_terms(schedule, normalization))
+        last = {a.stage: a for rank in schedule for a in rank if adds_gradients(a, heads_only=False)}
+        whole = frozenset(action for action in last.values() if action.op is Op.BACKWARD)
+        return Plan(schedule, Flow.of(schedule), derive_terms(schedule, normalization), whole)
 
 
 def run(plan: Plan, rank: int, step: Step, link: LinkLike | None = None) -> dict[Key, Any]:
@@ -136,6 +145,8 @@ class _Worker:
         received = self._take(action)
         if received is not None and (factor := self.plan.terms.gradient_factor(stage, m)) != 1.0:
             received = received * factor
+        if self.step.watch is not None and action in self.plan.last_backwards:
+            self.step.watch(stage)
         activations, gradients = self._activations.pop((stage, m)), self._gradients.pop((stage, m), [])
         if action.op is Op.INPUT:
             made, waiting = self.step.stages[stage].backward_input(activations, gradients, received)

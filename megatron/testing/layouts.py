@@ -52,15 +52,21 @@ def build(mesh: Mesh, config: RunConfig, dtype: torch.dtype) -> Trainer:
     return trainer
 
 
-def one_step(mesh: Mesh, config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
+def one_step(
+    mesh: Mesh, config: RunConfig, dtype: torch.dtype, bucket: int | None = None, sequences: int = 8
+) -> dict[str, Any]:
     """Losses, gradient norm and this rank's gradients (before clipping), as parts of the whole model's.
 
-    The batch of eight sequences is the same in every layout; each data-parallel rank takes its share.
+    The batch is the same in every layout; each data-parallel rank takes its share. bucket: most elements of a gradient
+    bucket, where it is to be fewer than usual.
     """
     torch.set_default_dtype(dtype)
     trainer = build(mesh, config, dtype)
+    if bucket is not None:
+        trainer.optimizer.sync.make_buckets(bucket)
     dp = mesh.size("dp")
-    batches = [random_batch(1, 16, VOCAB, seed=m * dp + mesh.rank("dp"), eod_mask_loss=False) for m in range(8 // dp)]
+    seeds = range(mesh.rank("dp"), sequences, dp)
+    batches = [random_batch(1, 16, VOCAB, seed=seed, eod_mask_loss=False) for seed in seeds]
     gradients: dict[str, Any] = {}
     inner = trainer.optimizer.sync.total_norm
 

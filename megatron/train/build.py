@@ -10,7 +10,7 @@ from megatron.model.gpt import GPT
 from megatron.model.partition import replicas, stages_of
 from megatron.model.stage import Stage
 from megatron.nn.linear import defer_weight_gradients
-from megatron.optim.gradient_sync import Shared
+from megatron.optim.gradient_sync import Home, Shared
 from megatron.optim.lr import LrSchedule, WeightDecaySchedule
 from megatron.optim.optimizer import TrainingOptimizer
 from megatron.optim.scaler import LossScaler
@@ -103,7 +103,25 @@ def find_shared(config: RunConfig, model: GPT, mesh: Mesh) -> Shared:
         cut=frozenset(name for name, one in split.items() if one.dim is not None),
         copies=copies,
         foreign=frozenset(foreign),
+        home=gradient_homes(model),
     )
+
+
+def gradient_homes(model: GPT) -> dict[str, Home]:
+    """The stage whose actions make each parameter's gradient, of those that one stage alone uses."""
+    layers = {str(layer): stage.index for stage in model.stages for layer in range(stage.first, stage.last)}
+    heads = {spec.label: stage.index for stage in model.stages for spec in stage.exits}
+    homes: dict[str, Home] = {}
+    for name, _ in model.named_parameters():
+        room, _, rest = name.partition(".")
+        module = rest.partition(".")[0]
+        if room == "layers":
+            homes[name] = (layers[module], False)
+        elif room == "exits":
+            homes[name] = (heads[module], True)
+        elif room == "output":
+            homes[name] = (model.stages[-1].index, True)
+    return homes
 
 
 def count_parameters(trainer: Trainer) -> int:

@@ -5,17 +5,25 @@ from functools import cache
 from megatron.config.parallel import ParallelConfig
 from megatron.schedule.actions import Pipeline, Schedule
 from megatron.schedule.check import validate
-from megatron.schedule.communicate import communicate
+from megatron.schedule.communicate import add_reductions, communicate
 from megatron.schedule.execute import Plan
 from megatron.schedule.fill import fill_bubbles, most_fillers
 from megatron.schedule.generate import GENERATORS
 
+Counts = tuple[tuple[int, int], ...]  # (stage, gradient buckets)
+Buckets = tuple[Counts, Counts]  # of layers, of heads
+NONE: Buckets = ((), ())
+
 
 @cache
-def step_plan(parallel: ParallelConfig, pipeline: Pipeline) -> Plan:
-    """The plan of a step under these flags. Raises ScheduleError where they can't be met."""
-    schedule = communicate(_generate(parallel, pipeline))
-    validate(schedule, pipeline)
+def step_plan(parallel: ParallelConfig, pipeline: Pipeline, buckets: Buckets = NONE) -> Plan:
+    """The plan of a step under these flags. buckets: gradients that this rank sums over others as they become whole.
+
+    Raises ScheduleError where the flags can't be met.
+    """
+    layers, heads = (dict(counts) for counts in buckets)
+    schedule = add_reductions(communicate(_generate(parallel, pipeline)), layers, heads)
+    validate(schedule, pipeline, layers, heads)
     return Plan.of(schedule, parallel.fill_loss_normalization)
 
 

@@ -46,13 +46,15 @@ def train_step(trainer: Trainer, batches: Sequence[TokenBatch]) -> StepReport:
     """Accumulate the gradients of all microbatches, apply them, and move the trainer's progress on."""
     config, progress, optimizer = trainer.config, trainer.progress, trainer.optimizer
     objective = make_objective(trainer, batches)
-    plan = step_plan(config.parallel, trainer.pipeline(len(batches)))
+    sync = optimizer.sync
+    plan = step_plan(config.parallel, trainer.pipeline(len(batches)), trainer.buckets)
     streams = [trainer.dropout_stream(progress.iteration, m) for m in range(len(batches))]
-    step = Step(trainer.stages, batches, streams, objective, partial(_share, plan.terms))
+    step = Step(trainer.stages, batches, streams, objective, partial(_share, plan.terms), sync.reduce, sync.watch)
 
     trainer.model.train()
     optimizer.zero_grad()
     terms = run(plan, trainer.mesh.rank("pp"), step, trainer.link)
+    sync.finish()
 
     losses, confidences = gather_losses(trainer.mesh, trainer.partition, plan, terms, objective.dynamic)
     scale = trainer.scaler.scale

@@ -16,6 +16,7 @@ from megatron.parallel.p2p import PipelineLink
 from megatron.parallel.rng import DropoutStream
 from megatron.schedule.actions import Pipeline
 from megatron.tokenizer.base import Tokenizer
+from megatron.train.plan import Buckets
 from megatron.train.spikes import SpikeWatch
 
 
@@ -66,6 +67,13 @@ class Trainer:
     def uses_dropout(self) -> bool:
         """Whether the forward pass draws random numbers."""
         return self.config.model.hidden_dropout > 0 or self.config.model.attention_dropout > 0
+
+    @property
+    def buckets(self) -> Buckets:
+        """Gradients that this rank sums over data-parallel ranks, as numbers of buckets."""
+        counts = (self.optimizer.sync.count_buckets(heads_only) for heads_only in (False, True))
+        layers, heads = (tuple(sorted(count.items())) for count in counts)
+        return layers, heads
 
     def pipeline(self, num_microbatches: int) -> Pipeline:
         """What a step's schedule is asked for."""
