@@ -5,7 +5,9 @@ Everyone else gets a `Backend` value and asks it; nobody else calls `torch.cuda`
 
 import resource
 import sys
+import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -54,6 +56,18 @@ class Backend:
         """Wait for queued device work; nothing to do on CPU."""
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
+
+    def stamp(self) -> Any:
+        """A point in time on the device: when the work queued so far is done."""
+        if not self.is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Time between two stamps; the device must be done with both (`synchronize`)."""
+        return start.elapsed_time(end) / 1e3 if self.is_cuda else end - start
 
     def peak_memory_bytes(self) -> int:
         """Most memory used so far: allocated on the GPU, or resident in this process on CPU."""

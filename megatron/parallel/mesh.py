@@ -106,9 +106,9 @@ class Mesh:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return int(found)
 
-    def place(self) -> str:
-        """This process's coordinates in words, for messages."""
-        return _words(self.ranks)
+    def place(self, ranks: Sequence[int] | None = None) -> str:
+        """The coordinates of a process (default: this one) in words, for messages."""
+        return _words(self.ranks if ranks is None else ranks)
 
     def describe(self) -> str:
         """The sizes in words, for messages."""

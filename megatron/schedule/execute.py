@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from megatron.schedule.actions import Action, Flow, Op, Schedule, other_end
 from megatron.schedule.check import adds_gradients
 from megatron.schedule.terms import Normalization, Terms, derive_terms
+from megatron.schedule.trace import Recorder
 
 Key = tuple[int, int]  # stage, microbatch
 
@@ -19,7 +20,7 @@ class StageLike(Protocol):
     """What the executor asks of a stage; `model.stage.Stage` is one."""
 
     def forward(self, batch: Any, stream: Any, received: Any = None) -> Any:
-        """F: activations of a microbatch; their `hidden` is what the next stage receives."""
+        """F: activations of a microbatch; their `take_hidden` gives what the next stage receives."""
 
     def backward_heads(self, activations: Any, batch: Any, objective: Any, share: Any) -> tuple[Any, Any]:
         """E: loss terms, and gradients for B."""
@@ -53,7 +54,7 @@ class Step:
 
     batches, streams: data and dropout streams by microbatch. share: stage and microbatch to how its losses weigh.
     reduce: begins to sum a stage's gradient bucket over its ranks. watch: told of a stage before its last B, during
-    which buckets become whole one by one.
+    which buckets become whole one by one. recorder: takes the times of all actions.
     """
 
     stages: Mapping[int, StageLike]
@@ -63,6 +64,7 @@ class Step:
     share: Callable[[int, int], Any]
     reduce: Callable[[int, int], None] | None = None
     watch: Callable[[int], None] | None = None
+    recorder: Recorder | None = None
 
 
 @dataclass(frozen=True)
@@ -122,14 +124,20 @@ class _Worker:
 
     def do(self, action: Action) -> None:
         """One action."""
+        recorder = self.step.recorder
+        if recorder is None:
+            self._by_op[action.op](action)
+            return
+        recorder.turn(action)
         self._by_op[action.op](action)
+        recorder.end()
 
     def _forward(self, action: Action) -> None:
         stage, _, m = action
         received = self._take(action)
         activations = self.step.stages[stage].forward(self.step.batches[m], self.step.streams[m], received)
         self._activations[stage, m] = activations
-        self._hand_over(action, activations.hidden)
+        self._hand_over(action, activations.take_hidden())
 
     def _heads(self, action: Action) -> None:
         stage, _, m = action
@@ -173,13 +181,15 @@ class _Worker:
         tensor, work = self._coming.pop(receive)
         if work is not None:
             work.wait()
+        if self.step.recorder is not None:
+            self.step.recorder.start()
         return tensor
 
     def _hand_over(self, action: Action, tensor: Any) -> None:
         send = self.plan.flow.makes(action)
         if send is None:
             return
-        tensor, receive = tensor.detach(), other_end(send)
+        receive = other_end(send)
         if self.plan.schedule.rank_of(receive.stage) == self.rank:
             self._coming[receive] = tensor, None
         else:

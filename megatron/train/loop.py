@@ -22,6 +22,7 @@ from megatron.train.metrics import Reporter, next_run, open_reporter, step_recor
 from megatron.train.saving import Saver
 from megatron.train.signals import StopSignal
 from megatron.train.step import StepReport, train_step
+from megatron.train.tracing import Tracer
 from megatron.train.trainer import Trainer
 
 log = get_logger(__name__)
@@ -160,9 +161,12 @@ def _steps(session: Session) -> str:
     training, progress, dp_size = trainer.config.training, trainer.progress, trainer.mesh.size("dp")
     stream = microbatches(trainer, session.datasets.train, progress.consumed_samples)
     watch = Stopwatch()
+    tracer = Tracer(trainer)
     while not is_finished(training, progress.iteration, progress.consumed_samples, dp_size):
         batches = step_batches(trainer, stream)
-        report = train_step(trainer, batches)
+        recorder = tracer.begin()
+        report = train_step(trainer, batches, recorder)
+        tracer.end(recorder, len(batches))
         samples, seconds = sum(len(batch.tokens) for batch in batches) * dp_size, watch.lap()
         session.console.step(report, samples, seconds)
         session.reporter.write(progress.iteration, step_record(trainer, report, samples, seconds))

@@ -15,8 +15,9 @@ from megatron.parallel.mesh import Mesh
 from megatron.parallel.p2p import PipelineLink
 from megatron.parallel.rng import DropoutStream
 from megatron.schedule.actions import Pipeline
+from megatron.schedule.execute import Plan
 from megatron.tokenizer.base import Tokenizer
-from megatron.train.plan import Buckets
+from megatron.train.plan import Buckets, step_plan
 from megatron.train.spikes import SpikeWatch
 
 
@@ -74,6 +75,10 @@ class Trainer:
         counts = (self.optimizer.sync.count_buckets(heads_only) for heads_only in (False, True))
         layers, heads = (tuple(sorted(count.items())) for count in counts)
         return layers, heads
+
+    def plan(self, num_microbatches: int) -> Plan:
+        """The schedule of a step. Raises ScheduleError where the flags can't be met."""
+        return step_plan(self.config.parallel, self.pipeline(num_microbatches), self.buckets)
 
     def pipeline(self, num_microbatches: int) -> Pipeline:
         """What a step's schedule is asked for."""
