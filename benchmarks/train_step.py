@@ -17,11 +17,11 @@ from megatron.config.model import ExitConfig, ModelConfig
 from megatron.config.run import RunConfig
 from megatron.config.training import LrConfig, OptimizerConfig, PrecisionConfig, TrainingConfig
 from megatron.parallel.backend import Backend
+from megatron.planning.flops import training_flops_per_token
 from megatron.testing.step_memory import measure_in_fresh_process
 from megatron.testing.tiny import random_batch
 from megatron.train import checkpoints
 from megatron.train.build import build_trainer
-from megatron.train.flops import training_flops_per_token
 from megatron.train.step import train_step
 
 EXITS = ((), (2,), (2, 4), (2, 4, 6))

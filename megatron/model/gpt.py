@@ -11,7 +11,7 @@ from megatron.config.model import ExitConfig, ModelConfig
 from megatron.config.training import TrainingConfig
 from megatron.exits.head import ExitHead
 from megatron.exits.spec import FINAL, ExitSpec
-from megatron.model.partition import StageSpec
+from megatron.model.partition import StageSpec, segments
 from megatron.nn.attention import attention_mask
 from megatron.nn.embedding import Embedding
 from megatron.nn.layer import LayerContext, TransformerLayer
@@ -44,7 +44,7 @@ class GPT(nn.Module):
         self.config, self.stages, self.padded_vocab_size, self.tp = model, stages, padded_vocab_size, tp
         training = training or TrainingConfig()
         selective = training.recompute_granularity == "selective"
-        self.segments = {stage.index: _segments(stage, training) for stage in stages}
+        self.segments = {stage.index: segments(stage, training) for stage in stages}
         first, last = (any(flags) for flags in zip(*((stage.is_first, stage.is_last) for stage in stages), strict=True))
         specs = self.exit_specs()
         self.embedding = Embedding(model, padded_vocab_size, tp) if first else None
@@ -138,15 +138,3 @@ class GPT(nn.Module):
                     }
                     taps[spec.label] = sources[spec.tap]
         return hidden, taps
-
-
-def _segments(stage: StageSpec, training: TrainingConfig) -> tuple[tuple[int, int, bool], ...]:
-    """(first, last, recompute) spans of the stage's layers under the run's recompute flags."""
-    if training.recompute_granularity != "full":
-        return ((stage.first, stage.last, False),)
-    size = training.recompute_num_layers or 1
-    if training.recompute_method == "block":
-        border = min(stage.first + size, stage.last)
-        recomputed = tuple((i, i + 1, True) for i in range(stage.first, border))
-        return (*recomputed, (border, stage.last, False)) if border < stage.last else recomputed
-    return tuple((i, min(i + size, stage.last), True) for i in range(stage.first, stage.last, size))

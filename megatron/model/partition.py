@@ -9,6 +9,7 @@ from itertools import accumulate, pairwise
 from megatron.config.layout import stage_depths
 from megatron.config.model import ExitConfig, ModelConfig
 from megatron.config.parallel import ParallelConfig
+from megatron.config.training import TrainingConfig
 from megatron.errors import ConfigError
 from megatron.exits.spec import FINAL, ExitSpec, exit_specs
 
@@ -60,6 +61,18 @@ def stages_of(model: ModelConfig, exits: ExitConfig, parallel: ParallelConfig) -
 def stages_of_rank(stages: tuple[StageSpec, ...], rank: int, num_ranks: int) -> tuple[StageSpec, ...]:
     """The stages of a pipeline rank: every num_ranks-th, as interleaved schedules place them."""
     return stages[rank::num_ranks]
+
+
+def segments(stage: StageSpec, training: TrainingConfig) -> tuple[tuple[int, int, bool], ...]:
+    """(first, last, recompute) spans of the stage's layers under the run's recompute flags."""
+    if training.recompute_granularity != "full":
+        return ((stage.first, stage.last, False),)
+    size = training.recompute_num_layers or 1
+    if training.recompute_method == "block":
+        border = min(stage.first + size, stage.last)
+        recomputed = tuple((i, i + 1, True) for i in range(stage.first, border))
+        return (*recomputed, (border, stage.last, False)) if border < stage.last else recomputed
+    return tuple((i, min(i + size, stage.last), True) for i in range(stage.first, stage.last, size))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from tqdm import tqdm
 
 from megatron.exits.spec import FINAL
 from megatron.logs import get_logger
+from megatron.planning.flops import training_flops_per_token
 from megatron.train.evaluate import HeadMetrics
-from megatron.train.flops import training_flops_per_token
 from megatron.train.step import StepReport
 from megatron.train.trainer import Trainer
 

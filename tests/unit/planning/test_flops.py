@@ -1,7 +1,7 @@
 """Model FLOPs against sums written out by hand."""
 
 from megatron.config.model import ExitConfig, ModelConfig
-from megatron.train.flops import training_flops_per_token
+from megatron.planning.flops import training_flops_per_token
 
 VOCAB = 100
 
