@@ -5,9 +5,9 @@ import torch
 from megatron.checkpoint.together import Together
 from megatron.config.run import RunConfig
 from megatron.errors import ConfigError
-from megatron.model.build import build_model
+from megatron.model.build import build_model, padded_rows
 from megatron.model.gpt import GPT
-from megatron.model.partition import replicas, stages_of
+from megatron.model.partition import StageSpec, replicas, stages_of
 from megatron.model.stage import Stage
 from megatron.nn.linear import defer_weight_gradients
 from megatron.optim.gradient_sync import Home, Shared
@@ -17,9 +17,12 @@ from megatron.optim.scaler import LossScaler
 from megatron.parallel.backend import Backend
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.p2p import PipelineLink
+from megatron.planning.costs import stage_costs
+from megatron.schedule.simulate import Costs
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer
-from megatron.train.batch_size import training_length
+from megatron.train.batch_size import global_batch_sizes, training_length
+from megatron.train.plan import splits_backward
 from megatron.train.spikes import SpikeWatch
 from megatron.train.trainer import Trainer
 
@@ -44,19 +47,25 @@ def build_trainer(config: RunConfig, backend: Backend | None = None, dtype: torc
         ) from error
     if config.training.torch_compile:
         compile_layers(model)
-    later = defer_weight_gradients(model) if config.parallel.pipeline_schedule == "zb-h1" else None
+    later = None
+    if splits_backward(config.parallel):
+        if config.training.torch_compile:
+            raise ConfigError("--torch-compile: compiled layers don't split backward as the schedule asks (W)")
+        later = defer_weight_gradients(model)
     shared, optimizer = find_shared(config, model, mesh), None
     if not config.training.skip_train:
         optimizer = TrainingOptimizer(
             model.named_parameters(), config.optimizer, mesh, shared, config.parallel.use_distributed_optimizer
         )
-    return Trainer(
+    partition = stages_of(config.model, config.exits, config.parallel)
+    trainer = Trainer(
         config=config,
         mesh=mesh,
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
         model=model,
-        partition=stages_of(config.model, config.exits, config.parallel),
+        partition=partition,
+        costs=_costs(config, partition, tokenizer.vocab_size),
         stages={spec.index: Stage(model, tokenizer.vocab_size, spec, later) for spec in model.stages},
         link=PipelineLink.build(mesh) if mesh.size("pp") > 1 else None,
         shared=shared,
@@ -68,6 +77,17 @@ def build_trainer(config: RunConfig, backend: Backend | None = None, dtype: torc
         weight_decay=build_weight_decay(config, mesh.size("dp")),
         spikes=SpikeWatch(config.training),
     )
+    if optimizer is not None:
+        for size in global_batch_sizes(config.training, mesh.size("dp")):
+            trainer.plan(size // (config.training.micro_batch_size * mesh.size("dp")))  # or say now what can't be
+    return trainer
+
+
+def _costs(config: RunConfig, partition: tuple[StageSpec, ...], vocab_size: int) -> tuple[Costs, ...]:
+    """What a microbatch costs on each stage, in FLOPs."""
+    tokens = config.training.micro_batch_size * config.model.seq_length
+    rows = padded_rows(config, vocab_size)
+    return stage_costs(config.model, config.exits, partition, rows, tokens, training=config.training)
 
 
 def _check_batch(config: RunConfig, dp_size: int) -> None:

@@ -1,4 +1,4 @@
-"""--trace: what the ranks of a pipeline did in a step, as a file for trace viewers and a picture over the simulation."""
+"""--trace: what the ranks of a pipeline did in a step, as a file for trace viewers and a picture of it."""
 
 import json
 from pathlib import Path

@@ -16,6 +16,7 @@ from megatron.parallel.p2p import PipelineLink
 from megatron.parallel.rng import DropoutStream
 from megatron.schedule.actions import Pipeline
 from megatron.schedule.execute import Plan
+from megatron.schedule.simulate import Costs
 from megatron.tokenizer.base import Tokenizer
 from megatron.train.plan import Buckets, step_plan
 from megatron.train.spikes import SpikeWatch
@@ -41,9 +42,9 @@ class Progress:
 class Trainer:
     """Everything a step needs. `vocab_size` counts true ids; the model's matrices may be padded beyond it.
 
-    partition: all stages of the model; stages: this rank's by index; link: to the other pipeline ranks, if any.
-    shared: what of the parameters other ranks have, too. together: all ranks, as writers of checkpoints; peers: all
-    ranks, for anything else. optimizer: None where the run only evaluates.
+    partition: all stages of the model; costs: theirs for a microbatch, in FLOPs; stages: this rank's by index; link: to
+    the other pipeline ranks, if any. shared: what of the parameters other ranks have, too. together: all ranks, as
+    writers of checkpoints; peers: all ranks, for anything else. optimizer: None where the run only evaluates.
     """
 
     config: RunConfig
@@ -52,6 +53,7 @@ class Trainer:
     vocab_size: int
     model: GPT
     partition: tuple[StageSpec, ...]
+    costs: tuple[Costs, ...]
     stages: dict[int, Stage]
     link: PipelineLink | None
     shared: Shared
@@ -78,7 +80,7 @@ class Trainer:
 
     def plan(self, num_microbatches: int) -> Plan:
         """The schedule of a step. Raises ScheduleError where the flags can't be met."""
-        return step_plan(self.config.parallel, self.pipeline(num_microbatches), self.buckets)
+        return step_plan(self.config.parallel, self.pipeline(num_microbatches), self.costs, self.buckets)
 
     def pipeline(self, num_microbatches: int) -> Pipeline:
         """What a step's schedule is asked for."""

@@ -1,15 +1,19 @@
 """Losses and every gradient of one step are those of one process, in every layout (rows R3 and issue's equality)."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
 
 from megatron.config.run import RunConfig
 from megatron.parallel.mesh import ONE_RANK, Mesh
+from megatron.schedule.actions import Pipeline, ScheduleError
+from megatron.schedule.simulate import Costs
 from megatron.testing.layouts import VOCAB, assemble, build, one_step, toy_config
 from megatron.testing.ranks import Ranks
 from megatron.testing.tiny import random_batch
+from megatron.train.plan import step_plan
 from megatron.train.step import train_step
 
 GPT = ""
@@ -93,6 +97,49 @@ SCHEDULES = {
 )
 def test_every_schedule(ranks: Ranks, model: str, layout: str, schedule: str) -> None:
     compare(ranks, MODELS[model], LAYOUTS[layout], SCHEDULES[schedule])
+
+
+@pytest.mark.parametrize(
+    ("model", "schedule"),
+    [
+        ("tied", ""),
+        pytest.param("block", "--num-layers-per-virtual-pipeline-stage 1", marks=pytest.mark.slow),
+        pytest.param("mlp", "--pipeline-schedule zb-h1", marks=pytest.mark.slow),
+    ],
+)
+def test_exit_heads_where_their_stage_waits(ranks: Ranks, model: str, schedule: str) -> None:
+    compare(ranks, MODELS[model], {"pp": 2, "tp": 2}, f"--exit-placement planned {schedule}")
+
+
+BY_HAND = """\
+0F0,0F1,0F2,0E1,0E0,0E2,0I0,0I1,0W1,0W0,0B2,0F3,0F4,0E3,0B3,0E4,0B4,0F5,0E5,0B5,0F6,0F7,0E7,0E6,0B6,0B7
+1F0,1E0,1F1,1B0,1E1,1F2,1I1,1E2,1W1,1B2,1F3,1E3,1B3,1F4,1E4,1B4,1F5,1E5,1B5,1F6,1E6,1B6,1F7,1E7,1B7
+"""
+
+
+def test_a_schedule_written_by_hand(ranks: Ranks, tmp_path: Path) -> None:
+    (tmp_path / "steps.csv").write_text(BY_HAND)
+    compare(ranks, MODELS["tied_norm"], {"pp": 2}, f"--schedule-file {tmp_path}/steps.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (BY_HAND.replace("1W1,", ""), "action 1W1 is missing"),
+        (BY_HAND.replace("0F0,", "0F0,0G0,"), "line 1, word 2: '0G0' is not an action"),
+        (BY_HAND.replace("7", "8"), "beyond the step's 8 microbatches"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_bad_schedule_is_refused_before_any_work(tmp_path: Path, text: str | None, complaint: str) -> None:
+    path = tmp_path / "steps.csv"
+    if text is not None:
+        path.write_text(text)
+    flags = toy_config("--pipeline-model-parallel-size", "2", "--schedule-file", str(path))
+    with pytest.raises(ScheduleError) as error:
+        step_plan(flags.parallel, Pipeline(2, 8, frozenset((0, 1))), (Costs(), Costs()))
+    assert complaint in str(error.value)
+    assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", pytest.param("zb-h1", marks=pytest.mark.slow)])
