@@ -167,8 +167,9 @@ def _attach_gradient_buffer(parameter: nn.Parameter) -> object | None:
         return None
 
     def add(p: nn.Parameter) -> None:
-        p.main_grad.add_(p.grad)
-        p.grad = None
+        if p.grad is not None:  # a split backward pass adds the matrices' later
+            p.main_grad.add_(p.grad)
+            p.grad = None
 
     return parameter.register_post_accumulate_grad_hook(add)
 
