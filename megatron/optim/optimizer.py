@@ -169,7 +169,7 @@ def _attach_gradient_buffer(parameter: nn.Parameter, made: Callable[[], None] | 
         parameter.grad = parameter.main_grad
 
     def added(p: nn.Parameter) -> None:
-        if not adds_in_place:
+        if not adds_in_place and p.grad is not None:  # a split backward pass adds the matrices' later
             p.main_grad.add_(p.grad)
             p.grad = None
         if made is not None:

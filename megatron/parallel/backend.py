@@ -3,6 +3,7 @@
 Everyone else gets a `Backend` value and asks it; nobody else calls `torch.cuda`.
 """
 
+import os
 import resource
 import sys
 import time
@@ -28,6 +29,18 @@ def peak_resident_bytes() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _own_gpu() -> torch.device:
+    """The GPU of this process, made current: by its place on the machine, unless it is shown one alone."""
+    place, count = os.environ.get("LOCAL_RANK"), torch.cuda.device_count()
+    if place is None:
+        return torch.device("cuda")
+    if int(place) >= count > 1:
+        raise ConfigError(f"process {place} of this machine has no GPU, {count} are visible: start {count} processes")
+    device = torch.device("cuda", int(place) if count > 1 else 0)
+    torch.cuda.set_device(device)
+    return device
+
+
 @dataclass(frozen=True)
 class Backend:
     """A device and the process-group backend that goes with it."""
@@ -39,13 +52,14 @@ class Backend:
     def choose(process_group: str | None = None) -> "Backend":
         """Pick CUDA + nccl where there is a GPU, else CPU + gloo; `process_group` overrides the latter.
 
-        Raises ConfigError for nccl without a GPU.
+        Processes of torchrun take a GPU of their machine each. Raises ConfigError for nccl without a GPU, or with
+        fewer GPUs than processes.
         """
         has_gpu = torch.cuda.is_available()
         if process_group == "nccl" and not has_gpu:
             raise ConfigError("--distributed-backend nccl needs a GPU, and none is visible; use gloo")
         on_gpu = has_gpu and process_group != "gloo"
-        return Backend(torch.device("cuda" if on_gpu else "cpu"), "nccl" if on_gpu else "gloo")
+        return Backend(_own_gpu() if on_gpu else torch.device("cpu"), "nccl" if on_gpu else "gloo")
 
     @property
     def is_cuda(self) -> bool:

@@ -28,7 +28,8 @@ T = TypeVar("T")
 class Mesh:
     """Sizes and this rank's coordinates along the axes pp, dp, tp, and the backend they run on.
 
-    A mesh of one rank has no process groups: `group` is None, and nobody communicates.
+    A mesh of one rank has no process groups: `group` is None, and nobody communicates. made: all groups that it made
+    and this rank is in.
     """
 
     backend: Backend
@@ -36,6 +37,7 @@ class Mesh:
     ranks: tuple[int, int, int] = (0, 0, 0)
     groups: Mapping[str, dist.ProcessGroup] = field(default_factory=dict, compare=False, repr=False)
     timeout: timedelta | None = None
+    made: list[dist.ProcessGroup] = field(default_factory=list, compare=False, repr=False)
 
     @staticmethod
     def build(config: ParallelConfig, backend: Backend) -> "Mesh":
@@ -92,11 +94,15 @@ class Mesh:
             group = dist.new_group(chosen, timeout=self.timeout) if len(chosen) > 1 else None
             if self.world_rank in chosen:
                 mine = group
+        self.made.extend([] if mine is None else [mine])
         return mine
 
     def everyone(self) -> dist.ProcessGroup | None:
         """A new gloo group of all ranks, for what must not meet the run's own messages; None for one rank alone."""
-        return dist.new_group(backend="gloo", timeout=self.timeout) if self.world_size > 1 else None
+        if self.world_size == 1:
+            return None
+        self.made.append(dist.new_group(backend="gloo", timeout=self.timeout))
+        return self.made[-1]
 
     def largest(self, value: int) -> int:
         """The largest of all ranks' values."""
@@ -153,6 +159,11 @@ class Mesh:
                 f"rank {self.world_rank} ({self.place()}) lost contact with another one, which died or took longer "
                 f"than --distributed-timeout-minutes; its own messages say why ({reason})"
             ) from error
+
+    def release(self) -> None:
+        """Give back the groups that this mesh has made, but stay joined: another mesh may follow."""
+        while self.made:
+            dist.destroy_process_group(self.made.pop())
 
     def close(self) -> None:
         """Leave the process groups; the mesh is of no use afterwards."""

@@ -8,12 +8,11 @@ import torch
 from megatron.config.load import load
 from megatron.config.run import RunConfig
 from megatron.data.loader import Microbatch
-from megatron.model.init import initialise
-from megatron.model.names import named_parts
 from megatron.parallel.mesh import Mesh
 from megatron.testing.tiny import random_batch
 from megatron.train import checkpoints
 from megatron.train.build import build_trainer
+from megatron.train.selfcheck import gradient_parts, initialise_all
 from megatron.train.step import train_step
 from megatron.train.trainer import Trainer
 
@@ -40,15 +39,8 @@ def build(mesh: Mesh, config: RunConfig, dtype: torch.dtype) -> Trainer:
         tensor_model_parallel_size=mesh.size("tp"),
         pipeline_model_parallel_size=mesh.size("pp"),
     )
-    trainer = build_trainer(replace(config, parallel=parallel), mesh.backend, dtype=dtype)
-    initialise(trainer.model, config.training.seed, trainer.vocab_size)
-    with torch.no_grad():
-        for name, parameter in trainer.model.named_parameters():
-            for part, placed in named_parts(name, parameter.detach(), trainer.model, trainer.vocab_size):
-                if parameter.dim() == 1:
-                    noise = torch.Generator().manual_seed(sum(part.encode()))
-                    placed.view.add_(placed.of(0.1 * torch.randn(placed.shape, generator=noise, dtype=dtype)))
-    trainer.optimizer.reset_masters()
+    trainer = build_trainer(replace(config, parallel=parallel), dtype=dtype, mesh=mesh)
+    initialise_all(trainer, config.training.seed)
     return trainer
 
 
@@ -71,10 +63,7 @@ def one_step(
     inner = trainer.optimizer.sync.total_norm
 
     def note() -> float:
-        for name, parameter in trainer.optimizer.parameters.items():
-            own, first = trainer.optimizer.sync.own(parameter.main_grad), trainer.optimizer.first_row(name)
-            for part, placed in named_parts(name, own, trainer.model, trainer.vocab_size, first):
-                gradients[part] = (placed.view.clone(), placed.shape, placed.offset)
+        gradients.update(gradient_parts(trainer))
         return inner()
 
     trainer.optimizer.sync.total_norm = note

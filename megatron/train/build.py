@@ -27,13 +27,15 @@ from megatron.train.spikes import SpikeWatch
 from megatron.train.trainer import Trainer
 
 
-def build_trainer(config: RunConfig, backend: Backend | None = None, dtype: torch.dtype | None = None) -> Trainer:
+def build_trainer(
+    config: RunConfig, backend: Backend | None = None, dtype: torch.dtype | None = None, mesh: Mesh | None = None
+) -> Trainer:
     """Make all parts of a training run; parameters are still uninitialised (see `checkpoints.start`).
 
-    dtype: of parameters, where it isn't the config's.
+    dtype: of parameters, where it isn't the config's. mesh: where it is not to be made of all ranks launched.
     """
-    backend = backend or Backend.choose(config.parallel.distributed_backend)
-    mesh = Mesh.build(config.parallel, backend)
+    if mesh is None:
+        mesh = Mesh.build(config.parallel, backend or Backend.choose(config.parallel.distributed_backend))
     _check_batch(config, mesh.size("dp"))
     tokenizer = make_tokenizer(config)
     try:

@@ -48,6 +48,26 @@ def test_nccl_without_a_gpu_is_refused(gpu):
         Backend.choose("nccl")
 
 
+@pytest.mark.parametrize(("visible", "expected"), [(4, "cuda:2"), (1, "cuda:0")])
+def test_each_process_of_a_machine_takes_its_gpu(gpu, monkeypatch, visible: int, expected: str):
+    """Or the only one, where each process is shown but its own."""
+    gpu("NVIDIA H200")
+    made_current = []
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    assert str(Backend.choose().device) == expected
+    assert made_current == [torch.device(expected)]
+
+
+def test_more_processes_than_gpus_are_refused(gpu, monkeypatch):
+    gpu("NVIDIA H200")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="process 2 of this machine has no GPU, 2 are visible: start 2 processes"):
+        Backend.choose()
+
+
 def test_a_cpu_has_nothing_to_wait_for():
     assert not CPU.is_cuda
     CPU.synchronize()
