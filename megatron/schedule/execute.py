@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from megatron.schedule.actions import Action, Flow, Op, Schedule, other_end
+from megatron.schedule.actions import BACKWARDS, Action, Flow, Op, Schedule, other_end
 from megatron.schedule.terms import Normalization, Terms, derive_terms
 
 Key = tuple[int, int]  # stage, microbatch
+_TAKES_ACTIVATIONS = BACKWARDS | {Op.HEADS, Op.DROP}
 
 
 class StageLike(Protocol):
@@ -61,16 +62,19 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """A schedule, and what follows from it for every step that is run by it."""
+    """A schedule, and what follows from it for every step that is run by it. kept: whose activations F leaves for a
+    later action; under tuning a stage without heads needs none."""
 
     schedule: Schedule
     flow: Flow
     terms: Terms
+    kept: frozenset[Key]
 
     @staticmethod
     def of(schedule: Schedule, normalization: Normalization = "unbiased") -> "Plan":
         """The plan of a valid schedule."""
-        return Plan(schedule, Flow.of(schedule), derive_terms(schedule, normalization))
+        kept = frozenset((a.stage, a.microbatch) for rank in schedule for a in rank if a.op in _TAKES_ACTIVATIONS)
+        return Plan(schedule, Flow.of(schedule), derive_terms(schedule, normalization), kept)
 
 
 def run(plan: Plan, rank: int, step: Step, link: LinkLike | None = None) -> dict[Key, Any]:
@@ -119,7 +123,8 @@ class _Worker:
         stage, _, m = action
         received = self._take(action)
         activations = self.step.stages[stage].forward(self.step.batches[m], self.step.streams[m], received)
-        self._activations[stage, m] = activations
+        if (stage, m) in self.plan.kept:
+            self._activations[stage, m] = activations
         self._hand_over(action, activations.hidden)
 
     def _heads(self, action: Action) -> None:

@@ -43,10 +43,11 @@ def build_gpt(
     padded_vocab_size: int = 64,
     dtype: torch.dtype = torch.float32,
     seed: int = 1,
+    num_stages: int = 1,
 ) -> GPT:
-    """An initialised one-stage model with gradient buffers, on the CPU. Norms and biases are perturbed too."""
+    """An initialised model with all its stages and gradient buffers, on the CPU. Norms and biases are perturbed too."""
     exits = exits or ExitConfig()
-    stages = partition(model.num_layers, exit_specs(exits), 1)
+    stages = partition(model.num_layers, exit_specs(exits), num_stages)
     gpt = GPT(model, exits, stages, padded_vocab_size).to(dtype)
     initialise(gpt, seed, vocab_size)
     noise = torch.Generator().manual_seed(seed)
