@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from megatron.schedule.actions import Action, Flow, Op, Schedule, other_end
+from megatron.schedule.actions import BACKWARDS, Action, Flow, Op, Schedule, other_end
 from megatron.schedule.check import adds_gradients
 from megatron.schedule.terms import Normalization, Terms, derive_terms
 from megatron.schedule.trace import Recorder
 
 Key = tuple[int, int]  # stage, microbatch
+_TAKES_ACTIVATIONS = BACKWARDS | {Op.HEADS, Op.DROP}
 
 
 class StageLike(Protocol):
@@ -69,11 +70,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """A schedule, and what follows from it for every step that is run by it."""
+    """A schedule, and what follows from it for every step that is run by it. kept: whose activations F leaves for a
+    later action; under tuning a stage without heads needs none."""
 
     schedule: Schedule
     flow: Flow
     terms: Terms
+    kept: frozenset[Key]
     last_backwards: frozenset[Action]
 
     @staticmethod
@@ -81,7 +84,8 @@ class Plan:
         """The plan of a valid schedule."""
         last = {a.stage: a for rank in schedule for a in rank if adds_gradients(a, heads_only=False)}
         whole = frozenset(action for action in last.values() if action.op is Op.BACKWARD)
-        return Plan(schedule, Flow.of(schedule), derive_terms(schedule, normalization), whole)
+        kept = frozenset((a.stage, a.microbatch) for rank in schedule for a in rank if a.op in _TAKES_ACTIVATIONS)
+        return Plan(schedule, Flow.of(schedule), derive_terms(schedule, normalization), kept, whole)
 
 
 def run(plan: Plan, rank: int, step: Step, link: LinkLike | None = None) -> dict[Key, Any]:
@@ -136,7 +140,8 @@ class _Worker:
         stage, _, m = action
         received = self._take(action)
         activations = self.step.stages[stage].forward(self.step.batches[m], self.step.streams[m], received)
-        self._activations[stage, m] = activations
+        if (stage, m) in self.plan.kept:
+            self._activations[stage, m] = activations
         self._hand_over(action, activations.take_hidden())
 
     def _heads(self, action: Action) -> None:

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 
 from megatron.config.model import ExitConfig, ModelConfig
+from megatron.config.parallel import ParallelConfig
 from megatron.data.loader import Microbatch, make_microbatch
 from megatron.exits.loss import LossTerms, Objective, Share
-from megatron.exits.spec import exit_specs
 from megatron.model.gpt import GPT
 from megatron.model.init import initialise
-from megatron.model.partition import partition
+from megatron.model.partition import stages_of
 from megatron.model.stage import Stage, TokenBatch
 from megatron.parallel.rng import DropoutStream
 from megatron.schedule.actions import Pipeline
@@ -43,10 +43,11 @@ def build_gpt(
     padded_vocab_size: int = 64,
     dtype: torch.dtype = torch.float32,
     seed: int = 1,
+    num_stages: int = 1,
 ) -> GPT:
-    """An initialised one-stage model with gradient buffers, on the CPU. Norms and biases are perturbed too."""
+    """An initialised model with all its stages and gradient buffers, on the CPU. Norms and biases are perturbed too."""
     exits = exits or ExitConfig()
-    stages = partition((model.num_layers,), exit_specs(exits))
+    stages = stages_of(model, exits, ParallelConfig(pipeline_model_parallel_size=num_stages))
     gpt = GPT(model, exits, stages, padded_vocab_size).to(dtype)
     initialise(gpt, seed, vocab_size)
     noise = torch.Generator().manual_seed(seed)
