@@ -15,7 +15,7 @@ from torch.distributed import Store
 from megatron.errors import RankLostError
 
 _BEAT = 0.25  # seconds between two counts
-_PATIENCE = 3.0  # seconds without a count after which a process is held to be gone
+_PATIENCE = 2.0  # seconds without a count after which a process is held to be gone
 _PAUSE = 0.02  # seconds between two looks
 _LOST = "lost"
 
