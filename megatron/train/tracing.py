@@ -47,7 +47,7 @@ class Tracer:
         pipeline = [happened for (_, dp, tp), happened in ranks if dp == tp == 0]
         try:
             with atomic_write(str(self._path)) as file:
-                named = [(mesh.place(place), happened) for place, happened in ranks]
+                named = [(mesh.place(rank), happened) for rank, (_, happened) in enumerate(ranks)]
                 file.write(json.dumps(trace_events(named)).encode())
             self._draw(pipeline, num_microbatches)
         except OSError as error:
