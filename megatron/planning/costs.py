@@ -45,16 +45,18 @@ def stage_costs(  # noqa: PLR0913 - one keyword per thing that changes a cost
     device: Device | None = None,
     *,
     tp: int = 1,
+    dp: int = 1,
     sequence_parallel: bool = False,
     training: TrainingConfig | None = None,
     element_bytes: int = 2,
 ) -> tuple[Costs, ...]:
     """The times of each stage for one microbatch of so many `tokens`; memory is `planning.memory`'s.
 
-    stages: of the whole model, in order. training: its recompute flags make backward longer. element_bytes: of a hidden
-    state's elements. Seconds with a device, else FLOPs per tensor-parallel rank.
+    stages: of the whole model, in order. dp: how far away the next stage's ranks are. training: its recompute flags
+    make backward longer. element_bytes: of a hidden state's elements. Seconds with a device, else FLOPs per
+    tensor-parallel rank.
     """
-    clock = Clock(model, padded_vocab_size, tokens, device, tp, sequence_parallel, element_bytes)
+    clock = Clock(model, padded_vocab_size, tokens, device, tp, dp, sequence_parallel, element_bytes)
     training = training or TrainingConfig()
     return tuple(_stage(clock, exits, stage, training) for stage in stages)
 
@@ -87,6 +89,7 @@ class Clock:
     tokens: int
     device: Device | None = None
     tp: int = 1
+    dp: int = 1
     sequence_parallel: bool = False
     element_bytes: int = 2
 
@@ -97,21 +100,28 @@ class Clock:
         matrices = whole - attention
         # per region, of which attention and MLP are one each: into it and out of it
         regions = Passes(2 * self._region_forward(), 2 * self._region_input(), 2 * self._region_weight())
-        return Passes(self._work(whole), self._work(matrices + 2 * attention), self._work(matrices)) + regions
+        found = Passes(self._work(whole), self._work(matrices + 2 * attention), self._work(matrices))
+        if self._measured:
+            forward, backward = (self._tokens_of(name) for name in ("layer_forward", "layer_backward"))
+            share = found.weight / (found.input + found.weight)
+            found = Passes(forward, backward * (1 - share), backward * share)
+        return found + regions
 
     def attention(self) -> float:
         """The core of attention, forward: what selective recompute repeats."""
-        return self._work(attention_flops(self.model, self.model.seq_length))
+        return self._part_of_layer(attention_flops(self.model, self.model.seq_length))
 
     def branch(self) -> Passes:
         """An exit's MLP."""
-        once = self._work(mlp_flops(self.model))
+        once = self._part_of_layer(mlp_flops(self.model))
         region = Passes(self._region_forward(), self._region_input(), self._region_weight())
         return Passes(once, once, once) + region
 
     def head(self) -> Passes:
         """An output matrix with its loss: logits, and the gradients of its input and of the matrix."""
         once = self._work(head_flops(self.model, self.padded_vocab_size))
+        if self._measured:
+            once = self._tokens_of("head") / 3
         return Passes(once + self._gather(), once + self._reduce(), once)
 
     def exit(self, exits: ExitConfig) -> Passes:
@@ -132,7 +142,7 @@ class Clock:
         if self.device is None:
             return 0.0
         share = self.tp if self.sequence_parallel else 1
-        return self._bytes / share / self.device.link(self.device.per_node + 1)
+        return self._bytes / share / self.device.link("pp", 2 * self.tp * self.dp)
 
     @property
     def _bytes(self) -> float:
@@ -143,11 +153,25 @@ class Clock:
         rate = 1.0 if self.device is None else self.device.flops_per_s
         return self.tokens * flops_per_token / self.tp / rate
 
+    @property
+    def _measured(self) -> bool:
+        return self.device is not None and bool(self.device.actions)
+
+    def _tokens_of(self, action: str) -> float:
+        """A measured time per token, for a rank's share of the microbatch."""
+        return self.tokens * self.device.actions[action] / self.tp
+
+    def _part_of_layer(self, flops_per_token: float) -> float:
+        """Work that goes at a layer's pace."""
+        if not self._measured:
+            return self._work(flops_per_token)
+        return self._tokens_of("layer_forward") * flops_per_token / layer_flops(self.model, self.model.seq_length)
+
     def _half(self) -> float:
         """Time of a gather or a reduce-scatter of a hidden state: half of a ring's all-reduce."""
         if self.device is None or self.tp == 1:
             return 0.0
-        return self._bytes * (self.tp - 1) / self.tp / self.device.link(self.tp)
+        return self._bytes * (self.tp - 1) / self.tp / self.device.link("tp", self.tp)
 
     def _gather(self) -> float:
         return self._half() if self.sequence_parallel else 0.0

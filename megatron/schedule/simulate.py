@@ -29,8 +29,8 @@ class Costs:
     """What one microbatch costs on one stage. Times in seconds or any one unit, memory in bytes or any one unit.
 
     forward, heads, input, weight: times of F, E and the two halves of B. message: of a message to the next stage, and
-    of one back from it. kept: activations from F until the last action of the microbatch. heads_peak: what E needs
-    beside them while it runs. heads_kept: the gradients that E leaves for B.
+    of one back from it. kept: activations from F until the last action of the microbatch. heads_peak, backward_peak:
+    what E and B (or I) need beside them while they run. heads_kept: the gradients that E leaves for B.
     """
 
     forward: float = 1.0
@@ -41,6 +41,7 @@ class Costs:
     kept: float = 1.0
     heads_peak: float = 0.0
     heads_kept: float = 0.0
+    backward_peak: float = 0.0
 
     def time(self, op: Op) -> float:
         """How long an action occupies its rank."""
@@ -198,7 +199,8 @@ def _rank_memory(actions: Sequence[Action], costs: Sequence[Costs], last: dict[t
         cost, key = costs[stage], (stage, microbatch)
         if op is Op.FORWARD:
             held += cost.kept
-        peak = max(peak, held + (cost.heads_peak if op is Op.HEADS else 0.0))
+        needed = cost.heads_peak if op is Op.HEADS else cost.backward_peak if op in BACKWARDS else 0.0
+        peak = max(peak, held + needed)
         if op is Op.HEADS and last[key] is not op:
             gradients[key] = cost.heads_kept
             held += cost.heads_kept

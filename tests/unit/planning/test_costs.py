@@ -75,7 +75,17 @@ def test_recompute_makes_the_backward_longer(flags, again) -> None:
 def test_a_device_makes_seconds_and_messages() -> None:
     alone, timed = costs()[1], costs(device=DEVICE)[1]
     assert timed.forward == pytest.approx(alone.forward / 1e9)
-    assert timed.message == pytest.approx(TOKENS * MODEL.hidden_size * 2 / 1e5), "stages lie on other nodes at worst"
+    message = TOKENS * MODEL.hidden_size * 2
+    assert timed.message == pytest.approx(message / 1e6), "the next stage is in the same node"
+    assert costs(device=DEVICE, dp=2)[1].message == pytest.approx(message / 1e5), "and with two replicas in another"
+
+
+def test_measured_times_replace_computed_ones() -> None:
+    measured = replace(DEVICE, actions={"layer_forward": 1.0, "layer_backward": 3.0, "head": 0.5})
+    first, last = costs(device=measured, numbers=(1,))
+    assert (first.forward, first.input + first.weight) == pytest.approx((2 * TOKENS, 6 * TOKENS))
+    assert (first.heads, last.heads) == pytest.approx((0.5 * TOKENS, 0.5 * TOKENS))
+    assert Clock(MODEL, VOCAB, TOKENS, measured, tp=2).layer().forward > TOKENS / 2
 
 
 def test_tensor_parallel_ranks_share_work_and_exchange_hidden_states() -> None:

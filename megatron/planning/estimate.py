@@ -1,0 +1,251 @@
+"""What a step of a run will take: time, idle share and memory of every pipeline rank, from its config alone. No torch.
+
+Long steps are simulated with fewer microbatches: once the pipeline is full, p more of them always take the same time.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron.config.parallel import ParallelConfig
+from megatron.config.run import RunConfig
+from megatron.errors import ConfigError
+from megatron.model.partition import StageSpec, replicas, stages_of
+from megatron.planning.activations import Activations
+from megatron.planning.costs import stage_costs
+from megatron.planning.device import Device
+from megatron.planning.memory import GRADIENT, State, messages, training_state, with_memory
+from megatron.planning.parameters import Parameters, rank_parameters
+from megatron.schedule.actions import Pipeline, Schedule
+from megatron.schedule.fill import fill_bubbles, most_fillers
+from megatron.schedule.generate import GENERATORS
+from megatron.schedule.place import place_heads
+from megatron.schedule.simulate import Costs, Timeline, simulate
+
+LONG = 12_000  # actions; longer steps are simulated in part
+UPDATE_BYTES = 44  # that an update moves per parameter: zeroing, norm, clipping, weights and moments
+ROUNDING_BYTES = 6  # and from fp32 masters into 16-bit weights
+
+
+@dataclass(frozen=True)
+class RankEstimate:
+    """One pipeline rank: its stages, what it holds in bytes, and the share of the pass that it idles."""
+
+    stages: tuple[StageSpec, ...]
+    parameters: Parameters
+    state: State
+    activations: float
+    heads_peak: float
+    idle: float
+
+    @property
+    def memory(self) -> float:
+        """Most bytes at a time."""
+        return self.state.total + max(self.activations, self.state.exchange)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A step. Times in seconds. timeline: of the pass, of fewer microbatches where it is long (`shown` of them)."""
+
+    config: RunConfig
+    planned_heads: bool
+    dp: int
+    microbatches: int
+    ranks: tuple[RankEstimate, ...]
+    forward_backward: float
+    reduction: float
+    update: float
+    timeline: Timeline
+    shown: int
+
+    @property
+    def step(self) -> float:
+        """All of it, one after the other."""
+        return self.forward_backward + self.reduction + self.update
+
+    @property
+    def memory(self) -> float:
+        """Of the fullest rank."""
+        return max(rank.memory for rank in self.ranks)
+
+    @property
+    def idle(self) -> float:
+        """The mean over ranks of the share of the pass that they wait."""
+        return sum(rank.idle for rank in self.ranks) / len(self.ranks)
+
+    def fits(self, device: Device) -> bool:
+        """Whether every rank's memory is enough."""
+        return self.memory <= device.memory
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A config on so many devices: sizes that follow from both. rows: of vocabulary matrices, padded."""
+
+    config: RunConfig
+    world_size: int
+    rows: int
+    device: Device
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel ranks. Raises ConfigError where the devices don't divide."""
+        parallel = self.config.parallel
+        tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        if self.world_size % (tp * pp):
+            raise ConfigError(
+                f"{self.world_size} devices don't divide by tp={tp} times pp={pp}: change "
+                "--tensor-model-parallel-size, --pipeline-model-parallel-size or the number of devices"
+            )
+        return self.world_size // (tp * pp)
+
+    @property
+    def microbatches(self) -> int:
+        """Of a step, on each data-parallel rank. Raises ConfigError where the batch doesn't divide."""
+        training, unit = self.config.training, self.config.training.micro_batch_size * self.dp
+        batch = training.global_batch_size or unit
+        if batch % unit:
+            raise ConfigError(
+                f"--global-batch-size {batch} does not divide by --micro-batch-size {training.micro_batch_size} times "
+                f"{self.dp} data-parallel ranks: change one of them"
+            )
+        return batch // unit
+
+    @property
+    def elements(self) -> int:
+        """Bytes of a weight."""
+        return 4 if self.config.precision.params_dtype == "float32" else 2
+
+    def activations(self) -> Activations:
+        """Sizes of one microbatch's tensors."""
+        config, parallel = self.config, self.config.parallel
+        tp, micro = parallel.tensor_model_parallel_size, config.training.micro_batch_size
+        kind = "cpu" if self.device.kind == "cpu" else "cuda"
+        cut = parallel.sequence_parallel and tp > 1
+        return Activations(config.model, self.rows, micro, tp, cut, self.elements, kind)
+
+    def costs(self, stages: Sequence[StageSpec]) -> tuple[Costs, ...]:
+        """Times and memory of the stages."""
+        config, sizes = self.config, self.activations()
+        costs = stage_costs(
+            config.model,
+            config.exits,
+            stages,
+            self.rows,
+            sizes.tokens,
+            self.device,
+            tp=sizes.tp,
+            dp=self.dp,
+            sequence_parallel=sizes.sequence_parallel,
+            training=config.training,
+            element_bytes=self.elements,
+        )
+        return with_memory(costs, sizes, config.exits, stages, config.training)
+
+
+def estimate(setup: Setup, planned_heads: bool = False) -> Estimate:
+    """Predict a step. planned_heads: exit heads run where their rank would wait, instead of before each backward.
+
+    Raises ConfigError or ScheduleError for what can't be run.
+    """
+    config, p = setup.config, setup.config.parallel.pipeline_model_parallel_size
+    stages = stages_of(config.model, config.exits, config.parallel)
+    costs, count = setup.costs(stages), setup.microbatches
+    heads = frozenset(stage.index for stage in stages if stage.heads)
+
+    def run(microbatches: int) -> Timeline:
+        schedule = make_schedule(config.parallel, Pipeline(p, microbatches, heads, len(stages) // p), count)
+        return simulate(place_heads(schedule, costs) if planned_heads else schedule, costs)
+
+    makespan, peaks, timeline, shown = _extrapolated(run, count, p, 3 * len(stages))
+    busy = [count * sum(_work(cost) for cost in costs[rank::p]) for rank in range(p)]
+    if config.parallel.fill_explicit_bubbles:
+        busy = [timeline.busy(rank) * makespan / timeline.makespan for rank in range(p)]
+    waiting = messages(setup.activations(), p, len(stages) // p)
+    ranks = []
+    for rank in range(p):
+        mine = stages[rank::p]
+        parameters = rank_parameters(config.model, config.exits, mine, setup.rows, setup.activations().tp)
+        sharded, adam = config.parallel.use_distributed_optimizer, config.optimizer.optimizer == "adam"
+        ranks.append(
+            RankEstimate(
+                stages=mine,
+                parameters=parameters,
+                state=training_state(parameters, setup.elements, setup.dp, sharded, adam),
+                activations=peaks[rank] + waiting,
+                heads_peak=max(cost.heads_peak for cost in costs[rank::p]),
+                idle=1 - busy[rank] / makespan,
+            )
+        )
+    return Estimate(
+        config=config,
+        planned_heads=planned_heads,
+        dp=setup.dp,
+        microbatches=count,
+        ranks=tuple(ranks),
+        forward_backward=makespan,
+        reduction=max(reduction_time(setup, rank.parameters) for rank in ranks) + copies_time(setup, stages),
+        update=max(update_time(setup, rank.parameters) for rank in ranks),
+        timeline=timeline,
+        shown=shown,
+    )
+
+
+def make_schedule(parallel: ParallelConfig, pipeline: Pipeline, microbatches: int) -> Schedule:
+    """The schedule that the flags ask for. microbatches: of the whole step, of which `pipeline` may show fewer."""
+    if parallel.fill_explicit_bubbles:
+        ratio, room = parallel.backward_forward_ratio, max(microbatches - pipeline.num_ranks, 0)
+        most, warmup = most_fillers(pipeline.num_ranks, ratio), parallel.num_fill_warmup_microbatches
+        warmup = min(most, room // 2) if warmup is None else warmup
+        cooldown = parallel.num_fill_cooldown_microbatches
+        cooldown = min(most, room - warmup) if cooldown is None else cooldown
+        return fill_bubbles(pipeline, max(warmup, 0), max(cooldown, 0), ratio)
+    kind = parallel.pipeline_schedule
+    return GENERATORS["interleaved" if kind == "1f1b" and pipeline.chunks > 1 else kind](pipeline)
+
+
+def _extrapolated(
+    run: Callable[[int], Timeline], count: int, p: int, actions: int
+) -> tuple[float, tuple[float, ...], Timeline, int]:
+    """Time and peaks of `count` microbatches: simulated, or where that is long from two steps that are p apart."""
+    few = 4 * p + count % p
+    if count <= few or count * actions <= LONG:
+        timeline = run(count)
+        return timeline.makespan, timeline.peak_memory, timeline, count
+    before, timeline = run(few - p), run(few)
+    periods = (count - few) / p
+    makespan = timeline.makespan + periods * (timeline.makespan - before.makespan)
+    pairs = zip(timeline.peak_memory, before.peak_memory, strict=True)
+    return makespan, tuple(now + periods * (now - then) for now, then in pairs), timeline, few
+
+
+def reduction_time(setup: Setup, parameters: Parameters) -> float:
+    """Sums of gradients over the data-parallel ranks, after the backward, and with ZeRO-1 the weights' way back."""
+    dp, tp = setup.dp, setup.config.parallel.tensor_model_parallel_size
+    if dp == 1:
+        return 0.0
+    passes = GRADIENT + setup.elements if setup.config.parallel.use_distributed_optimizer else 2 * GRADIENT
+    return parameters.total * passes * (dp - 1) / dp / setup.device.link("dp", tp * dp)
+
+
+def copies_time(setup: Setup, stages: tuple[StageSpec, ...]) -> float:
+    """Sums over the pipeline ranks that hold copies of the word embedding."""
+    parallel, model = setup.config.parallel, setup.config.model
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    holders = len(replicas(model, setup.config.exits, stages, pp).word)
+    if holders == 1:
+        return 0.0
+    share = setup.dp if parallel.use_distributed_optimizer else 1
+    size = setup.rows // tp * model.hidden_size * GRADIENT / share
+    return 2 * size * (holders - 1) / holders / setup.device.link("pp", setup.world_size)
+
+
+def update_time(setup: Setup, parameters: Parameters) -> float:
+    """The optimizer's: bound by memory."""
+    share = setup.dp if setup.config.parallel.use_distributed_optimizer else 1
+    moved = UPDATE_BYTES + (ROUNDING_BYTES if setup.elements < 4 else 0)
+    return parameters.total * moved / share / setup.device.memory_bandwidth
+
+
+def _work(cost: Costs) -> float:
+    return cost.forward + cost.heads + cost.input + cost.weight
