@@ -44,6 +44,8 @@ def _several_stages(config: RunConfig) -> bool | None:
 def split_backward_is_eager(config: RunConfig) -> Faults:
     if config.parallel.pipeline_schedule == "zb-h1" and config.training.torch_compile:
         yield "--pipeline-schedule zb-h1 and --torch-compile exclude each other: compiled layers don't split backward"
+    if config.parallel.pipeline_schedule == "zb-h1" and config.precision.fp8:
+        yield "--pipeline-schedule zb-h1 and --fp8-format exclude each other: fp8 layers don't split backward"
 
 
 def schedule_from_a_file(config: RunConfig) -> Faults:

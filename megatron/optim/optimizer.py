@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron.config.training import OptimizerConfig
 from megatron.optim.gradient_sync import GradientSync, Shared
+from megatron.optim.updates import applied_steps, build_update, set_applied_steps
 from megatron.parallel.mesh import ONE_RANK, Mesh
 
 
@@ -59,9 +60,7 @@ class TrainingOptimizer:
             }
             for decayed in (True, False)
         ]
-        self.inner = _build(config, [group for group in groups if group["params"]])
-        for master in self.masters.values():
-            _create_state(self.inner, master)
+        self.inner = build_update(config, [group for group in groups if group["params"]])
 
     def zero_grad(self) -> None:
         """Clear all gradient buffers in place."""
@@ -136,14 +135,11 @@ class TrainingOptimizer:
     @property
     def steps(self) -> int:
         """Updates applied so far, as Adam counts them."""
-        states = (state.get("step") for state in self.inner.state.values())
-        return int(next((step for step in states if step is not None), 0))
+        return applied_steps(self.inner)
 
     @steps.setter
     def steps(self, value: int) -> None:
-        for state in self.inner.state.values():
-            if "step" in state:
-                state["step"].fill_(value)
+        set_applied_steps(self.inner, value)
 
     def reset_masters(self) -> None:
         """Take masters anew from the parameters, after weights were loaded without optimizer state."""
@@ -177,22 +173,3 @@ def _attach_gradient_buffer(parameter: nn.Parameter, made: Callable[[], None] | 
 
     if made is not None or not adds_in_place:
         parameter.register_post_accumulate_grad_hook(added)
-
-
-def _build(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=config.sgd_momentum, fused=True)
-    betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.adam_eps, fused=True)
-
-
-def _create_state(inner: torch.optim.Optimizer, master: nn.Parameter) -> None:
-    """Make the state that the first step would make, so that checkpoints have one shape from the start."""
-    if isinstance(inner, torch.optim.SGD):
-        inner.state[master] = {"momentum_buffer": torch.zeros_like(master)}
-    else:
-        inner.state[master] = {
-            "step": torch.zeros((), dtype=torch.float32, device=master.device),
-            "exp_avg": torch.zeros_like(master),
-            "exp_avg_sq": torch.zeros_like(master),
-        }

@@ -9,6 +9,7 @@ from megatron.model.build import build_model, padded_rows
 from megatron.model.gpt import GPT
 from megatron.model.partition import StageSpec, replicas, stages_of
 from megatron.model.stage import Stage
+from megatron.nn.fp8 import use_fp8
 from megatron.nn.linear import defer_weight_gradients
 from megatron.optim.gradient_sync import Home, Shared
 from megatron.optim.lr import LrSchedule, WeightDecaySchedule
@@ -38,21 +39,11 @@ def build_trainer(
         mesh = Mesh.build(config.parallel, backend or Backend.choose(config.parallel.distributed_backend))
     _check_batch(config, mesh.size("dp"))
     tokenizer = make_tokenizer(config)
-    try:
-        model = build_model(config, mesh, tokenizer.vocab_size, dtype)
-    except (MemoryError, RuntimeError) as error:  # how torch says that memory can't be had
-        if "memory" not in str(error):
-            raise
-        raise ConfigError(
-            f"a model of these sizes does not fit into memory (--hidden-size, --num-layers, --seq-length, the "
-            f"vocabulary): {str(error).splitlines()[0][:200]}"
-        ) from error
-    if config.training.torch_compile:
-        compile_layers(model)
+    model = _build_model(config, mesh, tokenizer.vocab_size, dtype)
     later = None
     if splits_backward(config.parallel):
-        if config.training.torch_compile:
-            raise ConfigError("--torch-compile: compiled layers don't split backward as the schedule asks (W)")
+        if config.training.torch_compile or config.precision.fp8:
+            raise ConfigError("--torch-compile and --fp8-format: such layers don't split backward as the schedule asks")
         later = defer_weight_gradients(model)
     shared, optimizer = find_shared(config, model, mesh), None
     if not config.training.skip_train:
@@ -83,6 +74,24 @@ def build_trainer(
         for size in global_batch_sizes(config.training, mesh.size("dp")):
             trainer.plan(size // (config.training.micro_batch_size * mesh.size("dp")))  # or say now what can't be
     return trainer
+
+
+def _build_model(config: RunConfig, mesh: Mesh, vocab_size: int, dtype: torch.dtype | None) -> GPT:
+    """The model, with the kernels that the flags ask for."""
+    try:
+        model = build_model(config, mesh, vocab_size, dtype)
+    except (MemoryError, RuntimeError) as error:  # how torch says that memory can't be had
+        if "memory" not in str(error):
+            raise
+        raise ConfigError(
+            f"a model of these sizes does not fit into memory (--hidden-size, --num-layers, --seq-length, the "
+            f"vocabulary): {str(error).splitlines()[0][:200]}"
+        ) from error
+    if config.precision.fp8:
+        use_fp8(model, config.precision.fp8)
+    if config.training.torch_compile:
+        compile_layers(model)
+    return model
 
 
 def _costs(config: RunConfig, partition: tuple[StageSpec, ...], vocab_size: int) -> tuple[Costs, ...]:

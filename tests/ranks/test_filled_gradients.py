@@ -10,8 +10,11 @@ import torch
 from megatron.config.run import RunConfig
 from megatron.exits.spec import FINAL, exit_specs
 from megatron.model.names import named_parts
-from megatron.model.partition import partition
+from megatron.model.partition import partition, stages_of
 from megatron.parallel.mesh import ONE_RANK
+from megatron.planning.costs import stage_costs
+from megatron.schedule.actions import Pipeline
+from megatron.schedule.place import best_fill
 from megatron.testing.layouts import VOCAB, Whole, assemble, build, one_step, toy_config
 from megatron.testing.ranks import Ranks
 from megatron.testing.tiny import random_batch
@@ -154,14 +157,18 @@ def test_with_other_axes(ranks: Ranks, exit_layers: list[int], layout: dict, fil
     compare(ranks, f"{GPT} {more}", exit_layers, layout, fillers)
 
 
-def test_as_many_as_fit_by_default(ranks: Ranks) -> None:
-    """Without counts: two of each for four stages and eight microbatches, as by the formula."""
+def test_as_many_as_cost_nothing_by_default(ranks: Ranks) -> None:
+    """Without counts: what simulation with the model's costs finds, here some of both kinds."""
     flags = (
         "--num-layers 8 --pipeline-model-parallel-size 4 --fill-explicit-bubbles --exit-layer-nums 2 3 4 7 "
         "--exit-layer-weight 0.1 0.2 0.3 0.4 --init-method-std 0.3"
     )
     config = toy_config(*flags.split())
-    check(ranks, config, {"pp": 4}, spans(4, 8, {0, 1, 3}, 2, 2))
+    stages = stages_of(config.model, config.exits, config.parallel)
+    costs = stage_costs(config.model, config.exits, stages, 64, 16)
+    chosen = best_fill(Pipeline(4, 8, frozenset((0, 1, 3))), costs, 2.0)
+    assert chosen.warmup > 0
+    check(ranks, config, {"pp": 4}, spans(4, 8, {0, 1, 3}, chosen.warmup, chosen.cooldown))
 
 
 def test_the_spans_of_the_papers_example() -> None:

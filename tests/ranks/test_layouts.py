@@ -1,18 +1,22 @@
 """Losses and every gradient of one step are those of one process, in every layout (rows R3 and issue's equality)."""
 
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron.config.run import RunConfig
+from megatron.nn.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.parallel.mesh import ONE_RANK, Mesh
 from megatron.schedule.actions import Pipeline, ScheduleError
 from megatron.schedule.simulate import Costs
 from megatron.testing.layouts import VOCAB, assemble, build, one_step, toy_config
 from megatron.testing.ranks import Ranks
 from megatron.testing.tiny import random_batch
+from megatron.train import build as build_module
 from megatron.train.plan import step_plan
 from megatron.train.step import train_step
 
@@ -199,3 +203,28 @@ def test_copies_of_a_tied_matrix_stay_equal_to_the_bit(ranks: Ranks, more: str) 
     config = toy_config(*MODELS["tied"].split(), *more.split(), "--global-batch-size", "6")
     first, *others = ranks.run(tied_matrix, config, dp=3, pp=2)
     assert all(torch.equal(first, other) for other in others)
+
+
+def step_with_other_products(mesh: Mesh, config: RunConfig) -> dict:
+    """`one_step` with products of layers made apart, as fp8 kernels make them: here exact ones."""
+
+    def divert(model: torch.nn.Module, _form: str) -> None:
+        for module in model.modules():
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                module.product = partial(torch.nn.functional.linear, weight=module.weight)
+
+    inner, build_module.use_fp8 = build_module.use_fp8, divert
+    precision = replace(config.precision, fp8="hybrid")
+    try:
+        return one_step(mesh, replace(config, precision=precision), torch.float64)
+    finally:
+        build_module.use_fp8 = inner
+
+
+@pytest.mark.parametrize("flags", ["", "--sequence-parallel"])
+def test_products_of_another_kernel_meet_the_same_regions(ranks: Ranks, flags: str) -> None:
+    config = toy_config(*MODELS["mlp"].split())
+    alone = assemble([one_step(ONE_RANK, config, torch.float64)])
+    answers = ranks.run(step_with_other_products, toy_config(*MODELS["mlp"].split(), *flags.split()), tp=2)
+    for name, tensor in assemble(answers).items():
+        torch.testing.assert_close(tensor, alone[name], rtol=1e-10, atol=1e-10, msg=name)

@@ -273,6 +273,13 @@ CASES = [
         "exclude each other",
     ),
     ("one_precision", {"fp16": True, "bf16": True}, {"bf16": True}, "--fp16 and --bf16 exclude each other"),
+    ("one_precision", {"fp8": "hybrid"}, {"fp8": "hybrid", "bf16": True}, "add --bf16"),
+    (
+        "split_backward_is_eager",
+        {**PP2, SCHEDULE: "zb-h1", "fp8": "e4m3", "bf16": True},
+        {**PP2, "fp8": "e4m3", "bf16": True},
+        "fp8 layers don't split backward",
+    ),
     ("loss_scale_use", {"loss_scale": 8.0}, {"loss_scale": 8.0, "fp16": True}, "is for --fp16"),
     ("loss_scale_use", {"initial_loss_scale": 0.5}, {"initial_loss_scale": 1.0}, "--min-loss-scale 1 is above"),
     (
