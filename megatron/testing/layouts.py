@@ -8,7 +8,7 @@ import torch
 from megatron.config.load import load
 from megatron.config.run import RunConfig
 from megatron.data.loader import Microbatch
-from megatron.parallel.mesh import Mesh
+from megatron.parallel.mesh import ONE_RANK, Mesh
 from megatron.testing.tiny import random_batch
 from megatron.train import checkpoints
 from megatron.train.build import build_trainer
@@ -92,6 +92,16 @@ def assemble(answers: list[dict[str, Any]], what: str = "gradients") -> Whole:
     for name, seen in filled.items():
         assert bool(seen.all()), f"no rank has all of {name}"
     return whole
+
+
+def losses_of_steps(mesh: Mesh, config: RunConfig, steps: int, alike: bool = False) -> list[dict[str, float]]:
+    """The losses of some steps from scratch in fp32. alike: all data-parallel ranks see the data of one alone."""
+    trainer = build(mesh, config, torch.float32)
+    found = []
+    for _ in range(steps):
+        batches = _toy_batches(ONE_RANK if alike else mesh, trainer.progress.iteration)
+        found.append(train_step(trainer, batches).losses)
+    return found
 
 
 def save_after_steps(mesh: Mesh, config: RunConfig, steps: int) -> None:

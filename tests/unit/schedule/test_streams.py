@@ -142,6 +142,34 @@ def _meet(streams: dict, stream: object, rank: int, peer: int, arrived: list[set
     return woken
 
 
+def ends_with_one_hardware_queue(traces: list[list[tuple]]) -> bool:
+    """The same where the device starts everything in the order of its launch (CUDA_DEVICE_MAX_CONNECTIONS=1): what
+    waits, be it for an earlier message of its group, holds up all that was launched after it."""
+    started = [0] * len(traces)
+    gone: list[set[int]] = [set() for _ in traces]  # places of messages that both ends have
+    latest: list[dict[int, tuple[int, int]]] = [{} for _ in traces]  # by group: number and place of the last started
+    running: dict[tuple[int, int], list[tuple[int, int]]] = {}  # (group, number) -> ends that have started
+    ready = deque(range(len(traces)))
+    while ready:
+        rank = ready.popleft()
+        for place in range(started[rank], len(traces[rank])):
+            kind, what, *_ = traces[rank][place]
+            number, earlier = latest[rank].get(what, (-1, None))
+            if (kind == "wait" and what not in gone[rank]) or (kind != "wait" and not {earlier} <= gone[rank] | {None}):
+                break
+            started[rank] += 1
+            if kind == "wait":
+                continue
+            latest[rank][what] = number + 1, place
+            ends = running.setdefault((what, number + 1), [])
+            ends.append((rank, place))
+            if len(ends) == 2:
+                for end, its_place in ends:
+                    gone[end].add(its_place)
+                    ready.append(end)
+    return all(count == len(events) for count, events in zip(started, traces, strict=True))
+
+
 def one_for_both_ways(group: int, rank: int, peer: int) -> frozenset:
     """As if each pair of ranks had a single group."""
     return frozenset((rank, peer))
@@ -158,6 +186,21 @@ def test_generated_schedules_come_to_their_end(data, case):
     _, schedule = case
     check(schedule)
     check(place_heads(schedule, data.draw(stage_costs(schedule.num_stages))))
+
+
+@settings(max_examples=60, deadline=None)
+@given(generated(most_ranks=8, most_microbatches=32, kinds=("1f1b", "gpipe", "zb-h1", "fill")))
+def test_one_stage_a_rank_needs_one_hardware_queue(case):
+    _, schedule = case
+    assert ends_with_one_hardware_queue(posted(communicate(schedule)))
+
+
+def test_interleaved_schedules_need_several_hardware_queues():
+    """A known limit: they post a second receive of a group ahead of a send without which the first does not come."""
+    pipeline = Pipeline(2, 2, frozenset(range(4)), chunks=2)
+    traces = posted(communicate(GENERATORS["interleaved"](pipeline)))
+    assert comes_to_its_end(traces)
+    assert not ends_with_one_hardware_queue(traces)
 
 
 @settings(max_examples=30, deadline=None)
