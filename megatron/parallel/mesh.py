@@ -113,7 +113,7 @@ class Mesh:
         """Of each of the values the largest that a rank has; one message for all of them."""
         if self.world_size == 1:
             return list(values)
-        found = torch.tensor(values, device=self.backend.device)
+        found = torch.tensor(values, dtype=torch.int64, device=self.backend.device)
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return found.tolist()
 
@@ -214,6 +214,11 @@ ONE_RANK = Mesh(Backend(torch.device("cpu"), "gloo"))
 def launched_rank() -> int:
     """This process's number among those that torchrun launched; 0 without it."""
     return int(os.environ.get("RANK", "0"))
+
+
+def leads_node() -> bool:
+    """Whether this process is the first of those that torchrun launched on this node; True without it."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def mesh_sizes(config: ParallelConfig, world: int) -> tuple[int, int, int]:

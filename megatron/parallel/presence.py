@@ -8,6 +8,7 @@ import atexit
 import json
 import threading
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 
 from torch.distributed import Store
@@ -80,7 +81,7 @@ class Presence:
             time.sleep(_PAUSE / 10)
             count = self._store.add(here, 0)
 
-    def _counts(self, ranks: "range | list[int]") -> dict[int, int]:
+    def _counts(self, ranks: Iterable[int]) -> dict[int, int]:
         return {rank: self._store.add(f"alive/{rank}", 0) for rank in ranks}
 
     def _count(self) -> None:
