@@ -151,11 +151,9 @@ def estimate(setup: Setup, planned_heads: bool = False) -> Estimate:
     config, p = setup.config, setup.config.parallel.pipeline_model_parallel_size
     stages = stages_of(config.model, config.exits, config.parallel)
     costs, count = setup.costs(stages), setup.microbatches
-    heads = frozenset(stage.index for stage in stages if stage.heads)
 
     def run(microbatches: int) -> Timeline:
-        schedule = make_schedule(config.parallel, Pipeline(p, microbatches, heads, len(stages) // p), count)
-        return simulate(place_heads(schedule, costs) if planned_heads else schedule, costs)
+        return timeline_of(setup, microbatches, planned_heads)
 
     makespan, peaks, timeline, shown = _extrapolated(run, count, p, 3 * len(stages))
     busy = [count * sum(_work(cost) for cost in costs[rank::p]) for rank in range(p)]
@@ -189,6 +187,16 @@ def estimate(setup: Setup, planned_heads: bool = False) -> Estimate:
         timeline=timeline,
         shown=shown,
     )
+
+
+def timeline_of(setup: Setup, microbatches: int, planned_heads: bool = False) -> Timeline:
+    """The pass over so many of the step's microbatches, simulated."""
+    config, p = setup.config, setup.config.parallel.pipeline_model_parallel_size
+    stages = stages_of(config.model, config.exits, config.parallel)
+    costs, heads = setup.costs(stages), frozenset(stage.index for stage in stages if stage.heads)
+    pipeline = Pipeline(p, microbatches, heads, len(stages) // p)
+    schedule = make_schedule(config.parallel, pipeline, setup.microbatches)
+    return simulate(place_heads(schedule, costs) if planned_heads else schedule, costs)
 
 
 def make_schedule(parallel: ParallelConfig, pipeline: Pipeline, microbatches: int) -> Schedule:

@@ -71,7 +71,7 @@ def test_a_distributed_optimizer_takes_less_memory_and_a_shorter_update() -> Non
 def test_heads_where_ranks_wait_cost_nothing() -> None:
     """Before each backward they make the first stage the slowest; placed, they hide in its warm-up."""
     job = setup(batch=4, device=NO_LINKS)
-    job = replace(job, config=replace(job.config, exits=ExitConfig(exit_layer_nums=(1, 2))))
+    job = replace(job, config=replace(job.config, exits=ExitConfig(exit_layer_nums=(1, 2), use_exit_mlp=True)))
     assert estimate(job, planned_heads=True).forward_backward < estimate(job).forward_backward
 
 

@@ -1,0 +1,177 @@
+"""`tools/plan_pipeline.py`: the fastest layout of a model on so many devices, found without any of them."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron.cli.device_flags import add_device_flags, chosen_device
+from megatron.cli.guard import run_guarded
+from megatron.config.load import load
+from megatron.config.run import RunConfig
+from megatron.errors import ConfigError, StorageError
+from megatron.exits.spec import exit_specs
+from megatron.files import atomic_write
+from megatron.model.partition import partition
+from megatron.planning import report
+from megatron.planning.device import Device
+from megatron.planning.estimate import Estimate, Setup, estimate, timeline_of
+from megatron.planning.parameters import model_parameters
+from megatron.planning.search import RECOMPUTE, SCHEDULES, Found, Space, describe, search
+from megatron.schedule.draw import Panels, figure, svg
+from megatron.tokenizer.base import padded_vocab_size
+from megatron.tokenizer.build import build_tokenizer
+
+ENTRY = "plan_pipeline.py"
+DRAWN = 3  # microbatches in a picture, for each pipeline rank
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of `tools/plan_pipeline.py`; returns the exit code."""
+    options, words = _parser().parse_known_args(argv)
+    return run_guarded(lambda: _plan(options, words), "interrupted; nothing was written")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=ENTRY,
+        description="Find the fastest tensor, pipeline and data parallel sizes, schedule and division of layers for a "
+        "model that fit the devices' memory. Give the flags of a training run as well: model, exits, batch, precision. "
+        "Its parallel sizes are free; its micro-batch size is kept if given.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--num-gpus", type=int, required=True, metavar="N", help="how many devices there are")
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(Space().schedules), metavar="NAME",
+                        help=f"of {', '.join(SCHEDULES)}; all but the last by default: filling bubbles changes what is "
+                        "trained on")  # fmt: skip
+    parser.add_argument("--tp", nargs="+", type=int, default=[], metavar="N", help="tensor-parallel sizes to look at")
+    parser.add_argument("--pp", nargs="+", type=int, default=[], metavar="N", help="pipeline-parallel sizes to look at")
+    parser.add_argument("--recompute", nargs="+", choices=tuple(RECOMPUTE), default=list(RECOMPUTE), metavar="KIND",
+                        help=f"of {', '.join(RECOMPUTE)}")  # fmt: skip
+    parser.add_argument("--best", type=int, default=5, metavar="N", help="how many layouts to show")
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="the best one's timeline: .svg or .png")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="all numbers as JSON")
+    add_device_flags(parser)
+    return parser
+
+
+def _plan(options: argparse.Namespace, words: list[str]) -> None:
+    begin = time.monotonic()
+    loaded = load(words, ENTRY)
+    config = loaded.config
+    if min([options.num_gpus, options.best, *options.tp, *options.pp]) < 1:
+        raise ConfigError("--num-gpus, --best, --tp and --pp are 1 or more")
+    base = Setup(
+        config, options.num_gpus, vocabulary_rows(config), chosen_device(options, config.precision.params_dtype)
+    )
+    micro = (config.training.micro_batch_size,) if "micro_batch_size" in loaded.given else ()
+    space = Space(tuple(options.schedules), tuple(options.tp), tuple(options.pp), micro, tuple(options.recompute))
+    found = search(base, space, options.best)
+    sys.stdout.write(_text(base, found, time.monotonic() - begin))
+    if options.draw:
+        draw(base, found.best[0], options.draw)
+    if options.output:
+        _write(options.output, json.dumps(_data(base, found), indent=1) + "\n")
+
+
+def vocabulary_rows(config: RunConfig) -> int:
+    """Rows of vocabulary matrices, from --padded-vocab-size, --vocab-size or the tokenizer.
+
+    Padded for one tensor-parallel rank: larger sizes may add a few. Raises ConfigError where none is given.
+    """
+    if config.model.padded_vocab_size:
+        return config.model.padded_vocab_size
+    spec = config.tokenizer
+    ids = spec.vocab_size
+    if ids is None and spec.tokenizer_type is not None:
+        ids = build_tokenizer(
+            spec.tokenizer_type,
+            tokenizer_model=spec.tokenizer_model,
+            vocab_file=spec.vocab_file,
+            merge_file=spec.merge_file,
+            vocab_extra_ids=spec.vocab_extra_ids,
+        ).vocab_size
+    if ids is None:
+        raise ConfigError("how large the vocabulary is isn't said: give --padded-vocab-size, or the tokenizer's flags")
+    return padded_vocab_size(ids, config.model.make_vocab_size_divisible_by)
+
+
+def _text(base: Setup, found: Found, spent: float) -> str:
+    model, exits, device = base.config.model, base.config.exits, base.device
+    whole = partition((model.num_layers,), exit_specs(exits))
+    parameters = report.count(model_parameters(model, exits, whole, base.rows))
+    names = [str(place) for place in range(1, len(found.best) + 1)]
+    shown, best = list(found.best), found.best[0]
+    given = _as_given(base)
+    if given is not None:
+        names.append("given")
+        shown.append(given)
+    parts = [
+        f"{parameters} parameters on {base.world_size} x {device.name} ({device.flops_per_s / 1e12:.4g} TFLOP/s in "
+        f"layers, {device.memory / 1e9:.1f} GB): {found.judged} layouts in {spent:.1f} s",
+        report.choices(shown, names) + _verdict(given, device),
+        f"The first by pipeline rank, GB ({best.microbatches} microbatches a step; "
+        f"forward and backward {report.seconds(best.forward_backward)}, sums of gradients "
+        f"{report.seconds(best.reduction)}, update {report.seconds(best.update)}):",
+        report.ranks(best),
+        "Its flags:\n" + " ".join(report.flags(best)),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _as_given(base: Setup) -> Estimate | None:
+    """The layout of the given flags, for comparison; None where they make none on these devices."""
+    try:
+        return estimate(base)
+    except ConfigError:
+        return None
+
+
+def _verdict(given: Estimate | None, device: Device) -> str:
+    return "" if given is None or given.fits(device) else "(the given one does not fit)\n"
+
+
+def draw(base: Setup, best: Estimate, output: Path) -> None:
+    """A picture of the first microbatches of a step. Raises ConfigError for a name that ends otherwise."""
+    setup = replace(base, config=best.config)
+    count = min(best.microbatches, DRAWN * len(best.ranks))
+    part = f", {count} of {best.microbatches} microbatches" if count < best.microbatches else ""
+    panels = [(describe(best) + part, timeline_of(setup, count, best.planned_heads))]
+    write_picture(panels, output, "s")
+
+
+def write_picture(panels: Panels, output: Path, unit: str = "") -> None:
+    """Write timelines as .svg or .png."""
+    if output.suffix == ".svg":
+        _write(output, svg(panels, unit))
+    elif output.suffix == ".png":
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(str(output)) as file:
+                figure(panels, unit).savefig(file, format="png", dpi=110)
+        except OSError as error:
+            raise StorageError(f"{output} cannot be written: {error}") from error
+    else:
+        raise ConfigError(f"{output}: give a name that ends in .svg or .png")
+
+
+def _data(base: Setup, found: Found) -> dict:
+    device = base.device
+    return {
+        "num_gpus": base.world_size,
+        "device": {"name": device.name, "flops_per_s": device.flops_per_s, "memory": device.memory},
+        "judged": found.judged,
+        "best": [report.as_data(one, device) for one in found.best],
+    }
+
+
+def _write(output: Path, text: str) -> None:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(str(output)) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise StorageError(f"{output} cannot be written: {error}") from error

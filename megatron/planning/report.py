@@ -1,0 +1,164 @@
+"""Estimates in words, tables and plain data. No torch."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from megatron.config.flags import to_argv
+from megatron.config.parallel import ParallelConfig
+from megatron.config.run import RunConfig
+from megatron.config.training import TrainingConfig
+from megatron.model.partition import StageSpec
+from megatron.planning.device import Device
+from megatron.planning.estimate import Estimate, RankEstimate
+from megatron.planning.search import describe, schedule_name
+
+GB = 1e9
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns side by side, all but the last aligned to the right; the first row is the head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row[:-1], widths[:-1], strict=True)]
+        lines.append("  ".join([*cells, row[-1]]).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def choices(estimates: Sequence[Estimate], names: Sequence[str]) -> str:
+    """One line for each layout."""
+    rows = [("", "step", "tokens/s", "idle", "memory", "layout")]
+    for name, one in zip(names, estimates, strict=True):
+        placed = ", heads in idle time" if one.planned_heads else ""
+        depths = one.config.parallel.pipeline_model_parallel_layout
+        uneven = f", {depths}" if depths else ""
+        rows.append((name, seconds(one.step), f"{tokens(one) / one.step:,.0f}", f"{one.idle:.1%}",
+                     gigabytes(one.memory), describe(one) + placed + uneven))  # fmt: skip
+    return table(rows)
+
+
+def ranks(estimate: Estimate) -> str:
+    """One line for each pipeline rank: what it has, and its memory in GB."""
+    head = (
+        "rank",
+        "parameters",
+        "weights, gradients",
+        "optimizer",
+        "activations",
+        "heads' peak",
+        "total",
+        "idle",
+        "has",
+    )
+    rows = [head]
+    for number, rank in enumerate(estimate.ranks):
+        state = rank.state
+        rows.append((
+            str(number), count(rank.parameters.total), *(f"{size / GB:.2f}" for size in (
+                state.weights + state.gradients, state.optimizer, rank.activations, rank.heads_peak, rank.memory)),
+            f"{rank.idle:.1%}", contents(rank),
+        ))  # fmt: skip
+    return table(rows)
+
+
+def contents(rank: RankEstimate) -> str:
+    """Layers (from 1) and exits of a rank."""
+    spans = ", ".join(_span(stage.first + 1, stage.last) for stage in rank.stages)
+    exits = [spec.label for stage in rank.stages for spec in stage.exits]
+    many = any(stage.last - stage.first > 1 for stage in rank.stages) or len(rank.stages) > 1
+    return f"layer{'s' if many else ''} {spans}" + (f"; exit {', '.join(exits)}" if exits else "")
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def flags(estimate: Estimate) -> list[str]:
+    """The flags that make the layout, to be given to the training program with the model's."""
+    parallel, training = estimate.config.parallel, estimate.config.training
+    fill = {name: getattr(parallel, name) for name in (
+        "fill_explicit_bubbles", "num_fill_warmup_microbatches", "num_fill_cooldown_microbatches",
+        "backward_forward_ratio")} if parallel.fill_explicit_bubbles else {}  # fmt: skip
+    chosen = RunConfig(
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            sequence_parallel=parallel.sequence_parallel,
+            pipeline_schedule=parallel.pipeline_schedule,
+            num_layers_per_virtual_pipeline_stage=parallel.num_layers_per_virtual_pipeline_stage,
+            pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
+            **fill,
+        ),
+        training=TrainingConfig(
+            micro_batch_size=training.micro_batch_size,
+            global_batch_size=training.global_batch_size,
+            recompute_granularity=training.recompute_granularity,
+            recompute_method=training.recompute_method,
+            recompute_num_layers=training.recompute_num_layers,
+        ),
+    )
+    return [*to_argv(chosen), *(["--exit-placement", "planned"] if estimate.planned_heads else [])]
+
+
+def as_data(estimate: Estimate, device: Device) -> dict[str, Any]:
+    """All numbers of an estimate, for JSON. Times in seconds, memory in bytes, layers from 1."""
+    parallel, training = estimate.config.parallel, estimate.config.training
+    return {
+        "tp": parallel.tensor_model_parallel_size,
+        "pp": parallel.pipeline_model_parallel_size,
+        "dp": estimate.dp,
+        "schedule": schedule_name(estimate),
+        "exit_placement": "planned" if estimate.planned_heads else "before-backward",
+        "micro_batch_size": training.micro_batch_size,
+        "microbatches": estimate.microbatches,
+        "recompute": training.recompute_granularity or "none",
+        "step": estimate.step,
+        "forward_backward": estimate.forward_backward,
+        "reduction": estimate.reduction,
+        "update": estimate.update,
+        "idle": estimate.idle,
+        "memory": estimate.memory,
+        "fits": estimate.fits(device),
+        "flags": flags(estimate),
+        "ranks": [
+            {
+                "stages": [
+                    {"first": s.first + 1, "last": s.last, "exits": [e.label for e in s.exits]} for s in one.stages
+                ],
+                "parameters": one.parameters.total,
+                **asdict(one.state),
+                "activations": one.activations,
+                "heads_peak": one.heads_peak,
+                "memory": one.memory,
+                "idle": one.idle,
+            }
+            for one in estimate.ranks
+        ],
+    }
+
+
+def _stage(stage: StageSpec) -> dict[str, Any]:
+    return {"first": stage.first + 1, "last": stage.last, "exits": [spec.label for spec in stage.exits]}
+
+
+def tokens(estimate: Estimate) -> int:
+    """Of a step."""
+    training, model = estimate.config.training, estimate.config.model
+    return estimate.microbatches * estimate.dp * training.micro_batch_size * model.seq_length
+
+
+def seconds(time: float) -> str:
+    """With the digits that matter."""
+    return f"{time:.2f} s" if time >= 1 else f"{time * 1e3:.3g} ms"
+
+
+def gigabytes(size: float) -> str:
+    """Of memory."""
+    return f"{size / GB:.2f} GB"
+
+
+def count(parameters: int) -> str:
+    """In millions or billions."""
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"

@@ -1,0 +1,74 @@
+"""tools/plan_pipeline.py: what it prints, writes and refuses."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron.cli.plan_pipeline import main
+from megatron.config.load import load
+
+MODEL = [
+    "--num-layers",
+    "8",
+    "--hidden-size",
+    "256",
+    "--num-attention-heads",
+    "8",
+    "--seq-length",
+    "128",
+    "--exit-layer-nums",
+    "2",
+    "4",
+    "--micro-batch-size",
+    "2",
+    "--global-batch-size",
+    "32",
+    "--bf16",
+    "--padded-vocab-size",
+    "1024",
+]
+
+
+def test_a_plan(tmp_path: Path, capsys) -> None:
+    picture, numbers = tmp_path / "plan.svg", tmp_path / "plan.json"
+    words = ["--num-gpus", "4", *MODEL, "--pp", "2", "4", "--draw", str(picture), "--output", str(numbers)]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"6\.\d+M parameters on 4 x A100-80GB", text) and "given" in text
+    best = json.loads(numbers.read_text())["best"]
+    assert len(best) == 5 and best[0]["step"] <= best[1]["step"] and all(one["fits"] for one in best)
+    assert [stage["first"] for stage in best[0]["ranks"][0]["stages"]][0] == 1
+    placing = best[0]["flags"].index("--exit-placement") if "--exit-placement" in best[0]["flags"] else None
+    chosen = load([*MODEL, *best[0]["flags"][:placing]]).config
+    assert chosen.parallel.pipeline_model_parallel_size == best[0]["pp"] and chosen.training.micro_batch_size == 2
+    assert picture.read_text().startswith("<svg")
+
+
+def test_a_picture_as_png(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "plan.png"
+    assert main(["--num-gpus", "2", *MODEL, "--tp", "1", "--pp", "2", "--draw", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--num-gpus", "0"], "--num-gpus, --best, --tp and --pp are 1 or more"),
+        (["--num-gpus", "2", "--device", "abacus"], "--device abacus is not known"),
+        (["--num-gpus", "2", "--device-memory", "0.05"], "no layout fits: the nearest, tp=2"),
+        (["--num-gpus", "2", "--num-layer", "3"], "did you mean --num-layers?"),
+        (["--num-gpus", "2", "--draw", "plan.txt"], "give a name that ends in .svg or .png"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(words: list[str], said: str, capsys) -> None:
+    assert main([*MODEL, *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_vocabulary_has_to_be_known(capsys) -> None:
+    assert main(["--num-gpus", "1", *MODEL[:-2]]) == 2
+    assert "give --padded-vocab-size" in capsys.readouterr().err
+    assert main(["--num-gpus", "1", *MODEL[:-2], "--tokenizer-type", "NullTokenizer", "--vocab-size", "1000"]) == 0
