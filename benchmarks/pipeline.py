@@ -20,7 +20,6 @@ from megatron.config.run import RunConfig
 from megatron.config.training import PrecisionConfig, TrainingConfig
 from megatron.exits.loss import Objective, Share
 from megatron.exits.spec import FINAL
-from megatron.model.partition import stages_of
 from megatron.model.stage import Stage
 from megatron.nn.linear import defer_weight_gradients
 from megatron.parallel.backend import Backend
@@ -28,6 +27,8 @@ from megatron.parallel.mesh import Mesh
 from megatron.planning.balance import Work, balance
 from megatron.planning.device import preset
 from megatron.planning.estimate import Setup, estimate
+from megatron.planning.flops import training_flops_per_token
+from megatron.planning.search import Family
 from megatron.schedule.actions import Action, Op, Pipeline, Schedule
 from megatron.schedule.execute import Plan, Step, run
 from megatron.schedule.generate import gpipe, interleaved, one_f_one_b, zero_bubble_h1
@@ -223,20 +224,20 @@ def model_figures(row: Row) -> list[Figure]:
     ]
     ratio = passes(row.exits, True, best) / passes((), False, best_without)
     name = f"{row.name} by FLOPs: the same, against layout {best_without} without exits"
-    return [*figures, Figure(name, 100 * (ratio - 1), "%")]
+    heads = 2 * layer_work(setup).last / without
+    flops = [training_flops_per_token(setup.config.model, exits, 32000) for exits in (setup.config.exits, ExitConfig())]
+    return [
+        *figures,
+        Figure(name, 100 * (ratio - 1), "%"),
+        Figure(f"{row.name} by FLOPs: work of both exits for one microbatch, of the step", 100 * heads, "%"),
+        Figure(f"{row.name} by FLOPs: two exits added to a step on one stage", 100 * (flops[0] / flops[1] - 1), "%"),
+    ]
 
 
 def layer_work(setup: Setup) -> Work:
-    """Time of each layer with its exits, and of the final head."""
-    config = setup.config
-    parallel = replace(config.parallel, pipeline_model_parallel_size=config.model.num_layers)
-    stages = stages_of(config.model, config.exits, parallel)
-    costs = replace(setup, config=replace(config, parallel=parallel)).costs(stages)
-    layers = [cost.forward + cost.input + cost.weight + cost.heads for cost in costs]
-    (final,) = stages_of(config.model, ExitConfig(), replace(parallel, pipeline_model_parallel_size=1))
-    head = setup.costs((final,))[0].heads
-    layers[-1] -= head
-    return Work(tuple(layers), last=head)
+    """Time of each layer with its exits, and of the embedding and the final head."""
+    alone = replace(setup.config.parallel, pipeline_model_parallel_size=1)
+    return Family(replace(setup, config=replace(setup.config, parallel=alone))).work
 
 
 def traced_step(mesh: Mesh, config: RunConfig) -> tuple[bool, list, list]:

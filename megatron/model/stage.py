@@ -156,12 +156,6 @@ class Stage:
         return made, waiting
 
     @torch.no_grad()
-    def evaluate(self, batch: TokenBatch) -> dict[str, HeadScore]:
-        """Plain cross-entropy, next-token hits and agreement with the final head, per head, without dropout."""
-        heads = self.score(self.forward(batch, None), batch)
-        return head_scores(heads, heads[FINAL].argmax, batch)
-
-    @torch.no_grad()
     def score(self, activations: Activations, batch: TokenBatch) -> dict[str, HeadLoss]:
         """Plain cross-entropy and top id of every position, [s * b], for the heads of this stage."""
         labels, mask = batch.labels.t().flatten(), batch.loss_mask.t().flatten()

@@ -8,10 +8,11 @@ from megatron.config.model import ExitConfig, ModelConfig
 from megatron.config.parallel import ParallelConfig
 from megatron.data.loader import Microbatch, make_microbatch
 from megatron.exits.loss import LossTerms, Objective, Share
+from megatron.exits.spec import FINAL
 from megatron.model.gpt import GPT
 from megatron.model.init import initialise
 from megatron.model.partition import stages_of
-from megatron.model.stage import Stage, TokenBatch
+from megatron.model.stage import HeadScore, Stage, TokenBatch, head_scores
 from megatron.parallel.rng import DropoutStream
 from megatron.schedule.actions import Pipeline
 from megatron.schedule.execute import Plan, Step, run
@@ -65,6 +66,14 @@ def random_batch(batch: int = 2, length: int = 16, vocab_size: int = 60, seed: i
     source = torch.Generator().manual_seed(seed)
     text = torch.randint(0, vocab_size, (batch, length + 1), generator=source)
     return make_microbatch(text, 0, **flags)
+
+
+@torch.no_grad()
+def evaluate_heads(model: GPT, batch: TokenBatch, vocab_size: int | None = None) -> dict[str, HeadScore]:
+    """Scores of every head of a one-stage model on one batch, without dropout."""
+    stage = Stage(model.eval(), vocab_size)
+    heads = stage.score(stage.forward(batch, None), batch)
+    return head_scores(heads, heads[FINAL].argmax, batch)
 
 
 def accumulate(

@@ -89,7 +89,8 @@ class Trainer:
         return Pipeline(ranks, num_microbatches, heads, chunks=len(self.partition) // ranks)
 
     def dropout_stream(self, step: int, microbatch: int) -> DropoutStream | None:
-        """The dropout streams of one microbatch of one step, or None where nothing is dropped."""
+        """The dropout streams of one of this rank's microbatches of a step, or None where nothing is dropped."""
         if not self.uses_dropout:
             return None
-        return DropoutStream(self.config.training.seed, step, microbatch, self.mesh.rank("dp"), self.mesh.rank("tp"))
+        number = microbatch * self.mesh.size("dp") + self.mesh.rank("dp")
+        return DropoutStream(self.config.training.seed, step, number, self.mesh.rank("tp"))

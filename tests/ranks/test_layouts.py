@@ -17,6 +17,7 @@ from megatron.testing.layouts import VOCAB, assemble, build, one_step, toy_confi
 from megatron.testing.ranks import Ranks
 from megatron.testing.tiny import random_batch
 from megatron.train import build as build_module
+from megatron.train import checkpoints
 from megatron.train.plan import step_plan
 from megatron.train.step import train_step
 
@@ -172,6 +173,26 @@ def test_chunks_of_unequal_depth(ranks: Ranks) -> None:
 )
 def test_a_sharded_optimizer(ranks: Ranks, model: str, layout: str) -> None:
     compare(ranks, MODELS[model], LAYOUTS[layout], "--use-distributed-optimizer")
+
+
+def test_dropout_is_the_same_for_any_number_of_pipeline_and_data_parallel_ranks(ranks: Ranks) -> None:
+    compare(ranks, f"{MODELS['tied_norm']} --hidden-dropout 0.3 --attention-dropout 0.2", {"dp": 2, "pp": 2})
+
+
+def elements_written(mesh: Mesh, config: RunConfig) -> tuple[int, int]:
+    """Elements that this rank writes to a checkpoint, and that it holds."""
+    trainer = build(mesh, config, torch.float32)
+    written, held = checkpoints.tensors_to_save(trainer), checkpoints.state_tensors(trainer)
+    return tuple(sum(part.view.numel() for part in parts.values()) for parts in (written, held))
+
+
+@pytest.mark.parametrize("more", ["", "--use-distributed-optimizer"])
+def test_data_parallel_ranks_share_out_what_they_all_hold(ranks: Ranks, more: str) -> None:
+    config = toy_config(*MODELS["tied"].split(), *more.split())
+    answers = ranks.run(elements_written, config, dp=2)
+    (_, alone), whole = elements_written(ONE_RANK, config), sum(written for written, _ in answers)
+    assert whole == alone
+    assert max(written for written, _ in answers) < 0.6 * whole
 
 
 def state_elements(mesh: Mesh, config: RunConfig) -> tuple[int, int]:
