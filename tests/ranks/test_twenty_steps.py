@@ -18,7 +18,7 @@ SCHEDULES = {
 }
 FILL = "--fill-explicit-bubbles --num-fill-warmup-microbatches 2 --num-fill-cooldown-microbatches 2"
 L10 = [(tp, pp, dp) for tp in (1, 2, 4) for pp in (1, 2, 4) for dp in (1, 2, 4) if tp * pp * dp <= 4]
-QUICK = {("gpipe", (1, 2, 2)), ("interleaved", (2, 2, 1)), ("1f1b", (1, 4, 1)), ("zb-h1", (1, 4, 1))}
+QUICK = {("gpipe", (1, 2, 2)), ("interleaved", (1, 4, 1)), ("1f1b", (2, 1, 1)), ("zb-h1", (1, 2, 1))}
 
 
 def pairs() -> list:
