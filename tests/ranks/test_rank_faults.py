@@ -85,7 +85,6 @@ def check(ranks: Ranks, directory: Path, layout: str, actions: tuple[str, ...], 
         assert told[0]["left"] in (before, number + 1), (case, told)
         before = told[0]["left"]
     assert answers[0][-1]["left"] == len(cases)
-    print(layout, len(cases), max(a["seconds"] for answer in answers for a in answer))
     return len(cases)
 
 
@@ -96,5 +95,5 @@ def test_every_point_once_on_each_rank(ranks: Ranks, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_point_on_each_rank_at_each_passing_on_each_rank(ranks: Ranks, tmp_path: Path, layout: str) -> None:
+def test_every_point_on_each_rank_at_each_passing(ranks: Ranks, tmp_path: Path, layout: str) -> None:
     assert check(ranks, tmp_path, layout, ACTIONS, every=True) > 60
