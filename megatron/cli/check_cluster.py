@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from megatron.cli.guard import run_guarded
 from megatron.config.parallel import ParallelConfig
-from megatron.errors import ClusterError, StorageError
+from megatron.errors import ClusterError, ConfigError, StorageError
 from megatron.files import atomic_write
 from megatron.parallel.backend import Backend
 from megatron.parallel.mesh import Mesh, launched_rank
@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     begun = time.monotonic()
+    if options.output and launched_rank() == 0 and not options.output.parent.is_dir():
+        raise ConfigError(f"--output {options.output}: there is no directory {options.output.parent}; make it first")
     backend = Backend.choose(options.distributed_backend)
     mesh = Mesh.build(ParallelConfig(distributed_timeout_minutes=max(options.time_limit / 60, 1.0)), backend)
     bar = tqdm(disable=not (mesh.is_main and sys.stderr.isatty()), dynamic_ncols=True, file=sys.stderr)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.cli.check_cluster import main
 from megatron.parallel.mesh import ONE_RANK, Mesh
 from megatron.testing.ranks import Ranks
 from megatron.train.selfcheck import TOLERANCE, Difference, Layout, toy_config, toy_step, worst_difference
@@ -39,6 +40,17 @@ def test_two_processes_of_which_one_is_slow(tmp_path: Path) -> None:
     assert all(group["bytes_per_second"] > 0 for link in kept["links"] for group in link["groups"])
     assert (len(kept["layouts"]), kept["not_tried"], kept["wrong"]) == (8, [], [])
     assert all(tried["error"] < kept["tolerance"] for tried in kept["layouts"])
+
+
+def test_a_missing_directory_is_said_before_anything_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["--output", str(tmp_path / "none" / "cluster.json")]) == 2
+    assert "make it first" in capsys.readouterr().err
+
+
+def test_one_process_measures_itself(capsys: pytest.CaptureFixture) -> None:
+    assert main(["--distributed-backend", "gloo"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("1 process on 1 machine, gloo") and "0 wrong, 0 slow" in said
 
 
 @pytest.mark.slow
