@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron.cli.device_flags import add_device_flags, chosen_device
 from megatron.cli.guard import run_guarded
+from megatron.cli.plan_inputs import add_device_flags, chosen_device, vocabulary_rows
 from megatron.config.load import load
-from megatron.config.run import RunConfig
 from megatron.errors import ConfigError, StorageError
 from megatron.exits.spec import exit_specs
 from megatron.files import atomic_write
@@ -22,8 +21,6 @@ from megatron.planning.estimate import Estimate, Setup, estimate, timeline_of
 from megatron.planning.parameters import model_parameters
 from megatron.planning.search import RECOMPUTE, SCHEDULES, Found, Space, describe, search
 from megatron.schedule.draw import Panels, figure, svg
-from megatron.tokenizer.base import padded_vocab_size
-from megatron.tokenizer.build import build_tokenizer
 
 ENTRY = "plan_pipeline.py"
 DRAWN = 3  # microbatches in a picture, for each pipeline rank
@@ -75,28 +72,6 @@ def _plan(options: argparse.Namespace, words: list[str]) -> None:
         draw(base, found.best[0], options.draw)
     if options.output:
         _write(options.output, json.dumps(_data(base, found), indent=1) + "\n")
-
-
-def vocabulary_rows(config: RunConfig) -> int:
-    """Rows of vocabulary matrices, from --padded-vocab-size, --vocab-size or the tokenizer.
-
-    Padded for one tensor-parallel rank: larger sizes may add a few. Raises ConfigError where none is given.
-    """
-    if config.model.padded_vocab_size:
-        return config.model.padded_vocab_size
-    spec = config.tokenizer
-    ids = spec.vocab_size
-    if ids is None and spec.tokenizer_type is not None:
-        ids = build_tokenizer(
-            spec.tokenizer_type,
-            tokenizer_model=spec.tokenizer_model,
-            vocab_file=spec.vocab_file,
-            merge_file=spec.merge_file,
-            vocab_extra_ids=spec.vocab_extra_ids,
-        ).vocab_size
-    if ids is None:
-        raise ConfigError("how large the vocabulary is isn't said: give --padded-vocab-size, or the tokenizer's flags")
-    return padded_vocab_size(ids, config.model.make_vocab_size_divisible_by)
 
 
 def _text(base: Setup, found: Found, spent: float) -> str:

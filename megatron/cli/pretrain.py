@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron.checkpoint.find import Found, recognise
 from megatron.checkpoint.stored_run import stored_args, stored_config
+from megatron.cli.dry_run import dry_run
 from megatron.cli.guard import run_guarded
 from megatron.config.flags import read_argv
 from megatron.config.load import check_training, load, merge_checkpoint_args
@@ -37,6 +38,10 @@ def _pretrain(argv: list[str]) -> None:
     except ConfigError as error:
         error.everywhere = not leads_node()  # flags are the same for all, files need not be
         raise
+    if config.logging.dry_run:
+        if launched_rank() == 0:
+            dry_run(config)
+        return
     trainer = build_trainer(config)
     with trainer.mesh.noticing_loss():
         _train(trainer, found)
@@ -70,5 +75,6 @@ def resolve_config(argv: list[str]) -> tuple[RunConfig, Found | None]:
     config = loaded.config
     if config.checkpoint.use_checkpoint_args and (found := checkpoints.find(config)):
         config = merge_checkpoint_args(config, loaded.given, stored_args(found), str(found.directory))
-    check_training(config)
+    if not config.logging.dry_run:  # which needs no data
+        check_training(config)
     return config, found

@@ -28,6 +28,7 @@ _ROWS: tuple[tuple[tuple[str, ...], Callable[[RunConfig], bool], str], ...] = (
         lambda c: c.checkpoint.load is not None,
         "without --load",
     ),
+    (("device",), lambda c: c.logging.dry_run, "without --dry-run"),
     (
         ("exit_layer_weight_init", "exit_layer_weight_warmup_style"),
         lambda c: c.exits.exit_layer_weight_warmup_iters > 0,

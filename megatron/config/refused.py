@@ -92,7 +92,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     ("tuning exits on a frozen backbone is not in this version yet", "--tune-exit"),
     (
         "not in this version yet",
-        "--tie-exit-output-weights --dry-run",
+        "--tie-exit-output-weights",
     ),
     ("was replaced in Megatron-LM; use --micro-batch-size", "--batch-size"),
     ("was replaced in Megatron-LM; use --lr-warmup-fraction", "--warmup"),

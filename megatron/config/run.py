@@ -38,6 +38,12 @@ class CheckpointConfig:
 class LoggingConfig:
     """What is reported, where, how often."""
 
+    dry_run: bool = setting(
+        False, "Check the flags, say what the run will take of memory and time and whether it fits, and stop."
+    )
+    device: str | None = setting(
+        None, "Device that --dry-run judges by, as A100-80GB. Default: the GPU found, else that one.", metavar="NAME"
+    )
     log_interval: int = setting(100, "Iterations between console lines.")
     metrics_file: str | None = setting(None, "Append one JSON object per iteration to this file.", metavar="FILE")
     trace: str | None = setting(

@@ -89,6 +89,10 @@ class Backend:
             return torch.cuda.max_memory_allocated(self.device)
         return peak_resident_bytes()
 
+    def memory_bytes(self) -> int | None:
+        """All of the GPU's memory; None on CPU."""
+        return torch.cuda.get_device_properties(self.device).total_memory if self.is_cuda else None
+
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Vendor's dense peak in FLOP/s for matrix products in `dtype`, or None where it isn't known."""
         if not self.is_cuda or dtype not in (torch.bfloat16, torch.float16):

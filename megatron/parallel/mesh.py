@@ -221,6 +221,12 @@ def leads_node() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+def launched_size() -> int | None:
+    """How many processes torchrun launched, or was said to; None without it."""
+    size = os.environ.get("WORLD_SIZE")
+    return int(size) if size else None
+
+
 def mesh_sizes(config: ParallelConfig, world: int) -> tuple[int, int, int]:
     """(pp, dp, tp) for `world` ranks; dp is what tp and pp leave. Raises ConfigError where they don't fit."""
     tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size

@@ -9,39 +9,21 @@ import pytest
 from megatron.cli.plan_pipeline import main
 from megatron.config.load import load
 
-MODEL = [
-    "--num-layers",
-    "8",
-    "--hidden-size",
-    "256",
-    "--num-attention-heads",
-    "8",
-    "--seq-length",
-    "128",
-    "--exit-layer-nums",
-    "2",
-    "4",
-    "--micro-batch-size",
-    "2",
-    "--global-batch-size",
-    "32",
-    "--bf16",
-    "--padded-vocab-size",
-    "1024",
-]
+MODEL = """--num-layers 8 --hidden-size 256 --num-attention-heads 8 --seq-length 128 --exit-layer-nums 2 4
+    --micro-batch-size 2 --global-batch-size 32 --bf16 --padded-vocab-size 1024"""
 
 
 def test_a_plan(tmp_path: Path, capsys) -> None:
     picture, numbers = tmp_path / "plan.svg", tmp_path / "plan.json"
-    words = ["--num-gpus", "4", *MODEL, "--pp", "2", "4", "--draw", str(picture), "--output", str(numbers)]
+    words = ["--num-gpus", "4", *MODEL.split(), "--pp", "2", "4", "--draw", str(picture), "--output", str(numbers)]
     assert main(words) == 0
     text = capsys.readouterr().out
     assert re.search(r"6\.\d+M parameters on 4 x A100-80GB", text) and "given" in text
     best = json.loads(numbers.read_text())["best"]
     assert len(best) == 5 and best[0]["step"] <= best[1]["step"] and all(one["fits"] for one in best)
-    assert [stage["first"] for stage in best[0]["ranks"][0]["stages"]][0] == 1
+    assert best[0]["ranks"][0]["stages"][0]["first"] == 1
     placing = best[0]["flags"].index("--exit-placement") if "--exit-placement" in best[0]["flags"] else None
-    chosen = load([*MODEL, *best[0]["flags"][:placing]]).config
+    chosen = load([*MODEL.split(), *best[0]["flags"][:placing]]).config
     assert chosen.parallel.pipeline_model_parallel_size == best[0]["pp"] and chosen.training.micro_batch_size == 2
     assert picture.read_text().startswith("<svg")
 
@@ -49,7 +31,7 @@ def test_a_plan(tmp_path: Path, capsys) -> None:
 def test_a_picture_as_png(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "plan.png"
-    assert main(["--num-gpus", "2", *MODEL, "--tp", "1", "--pp", "2", "--draw", str(picture)]) == 0
+    assert main(["--num-gpus", "2", *MODEL.split(), "--tp", "1", "--pp", "2", "--draw", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -64,11 +46,13 @@ def test_a_picture_as_png(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_planned_is_said(words: list[str], said: str, capsys) -> None:
-    assert main([*MODEL, *words]) == 2
+    assert main([*MODEL.split(), *words]) == 2
     assert said in capsys.readouterr().err
 
 
 def test_the_vocabulary_has_to_be_known(capsys) -> None:
-    assert main(["--num-gpus", "1", *MODEL[:-2]]) == 2
+    assert main(["--num-gpus", "1", *MODEL.split()[:-2]]) == 2
     assert "give --padded-vocab-size" in capsys.readouterr().err
-    assert main(["--num-gpus", "1", *MODEL[:-2], "--tokenizer-type", "NullTokenizer", "--vocab-size", "1000"]) == 0
+    assert (
+        main(["--num-gpus", "1", *MODEL.split()[:-2], "--tokenizer-type", "NullTokenizer", "--vocab-size", "1000"]) == 0
+    )

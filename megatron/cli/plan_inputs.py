@@ -1,8 +1,12 @@
-"""Which device a plan is for: the flags of the planner, and of a dry run."""
+"""What a plan needs beside a run's flags: the device it is for, and how large the vocabulary is. No torch."""
 
 import argparse
 
+from megatron.config.run import RunConfig
+from megatron.errors import ConfigError
 from megatron.planning.device import PRESETS, Device, overruled, preset, read_profile
+from megatron.tokenizer.base import padded_vocab_size
+from megatron.tokenizer.build import build_tokenizer
 
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
@@ -34,3 +38,24 @@ def chosen_device(options: argparse.Namespace, dtype: str) -> Device:
 
 def _times(value: float | None, unit: float) -> float | None:
     return None if value is None else value * unit
+
+
+def vocabulary_rows(config: RunConfig, tp: int = 1) -> int:
+    """Rows of vocabulary matrices, from --padded-vocab-size or the tokenizer, padded for so many ranks.
+
+    Raises ConfigError where none is given.
+    """
+    if config.model.padded_vocab_size:
+        return config.model.padded_vocab_size
+    spec = config.tokenizer
+    if spec.tokenizer_type is None:
+        raise ConfigError("how large the vocabulary is isn't said: give --padded-vocab-size, or the tokenizer's flags")
+    tokenizer = build_tokenizer(
+        spec.tokenizer_type,
+        tokenizer_model=spec.tokenizer_model,
+        vocab_file=spec.vocab_file,
+        merge_file=spec.merge_file,
+        vocab_size=spec.vocab_size,
+        vocab_extra_ids=spec.vocab_extra_ids,
+    )
+    return padded_vocab_size(tokenizer.vocab_size, config.model.make_vocab_size_divisible_by, tp)

@@ -1,0 +1,87 @@
+"""`--dry-run`: what a training command would take, said without data, devices or a process more. Nothing is written."""
+
+import sys
+
+import torch
+
+from megatron.cli.plan_inputs import vocabulary_rows
+from megatron.config.run import RunConfig
+from megatron.errors import ConfigError
+from megatron.model.gpt import GPT
+from megatron.model.partition import stages_of
+from megatron.parallel.backend import Backend
+from megatron.parallel.mesh import launched_size
+from megatron.parallel.tensor import TensorParallel
+from megatron.planning import report
+from megatron.planning.device import Device, named_like, preset
+from megatron.planning.estimate import Estimate, Setup, estimate
+from megatron.planning.parameters import model_parameters
+from megatron.planning.search import RECOMPUTE, describe, nearest_recompute
+
+USUAL = "A100-80GB"  # where no GPU is found
+
+
+def dry_run(config: RunConfig) -> None:
+    """Build every pipeline rank's model without memory, predict memory and time, and print both.
+
+    For as many processes as torchrun launched or WORLD_SIZE says, else one data-parallel rank. Raises ConfigError where
+    it doesn't fit the device, with the recompute by which it would.
+    """
+    parallel = config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    setup = Setup(config, launched_size() or tp * pp, vocabulary_rows(config, tp), _device(config))
+    found = estimate(setup, getattr(parallel, "exit_placement", None) == "planned")
+    build_without_memory(setup, found)
+    sys.stdout.write(_text(setup, found))
+    sys.stdout.flush()
+    if not found.fits(setup.device):
+        raise ConfigError(_misfit(setup, found))
+
+
+def build_without_memory(setup: Setup, found: Estimate) -> None:
+    """Every pipeline rank's modules on the meta device; their parameters are those that were counted."""
+    config = setup.config
+    tp = TensorParallel(config.parallel.tensor_model_parallel_size, sequence=config.parallel.sequence_parallel)
+    for rank in found.ranks:
+        with torch.device("meta"):
+            model = GPT(config.model, config.exits, rank.stages, setup.rows, config.training, tp)
+        assert sum(parameter.numel() for parameter in model.parameters()) == rank.parameters.total
+
+
+def _device(config: RunConfig) -> Device:
+    dtype = config.precision.params_dtype
+    if config.logging.device is not None:
+        return preset(config.logging.device, dtype)
+    backend = Backend.choose(config.parallel.distributed_backend)
+    memory = backend.memory_bytes()
+    known = named_like(backend.name(), memory, dtype) if memory else None
+    return known or preset(USUAL, dtype)
+
+
+def _text(setup: Setup, found: Estimate) -> str:
+    config, device = setup.config, setup.device
+    stages = stages_of(config.model, config.exits, config.parallel)
+    parameters = report.count(model_parameters(config.model, config.exits, stages, setup.rows))
+    return "\n".join([
+        f"{parameters} parameters on {setup.world_size} x {device.name}: {describe(found)}, {found.microbatches} "
+        f"microbatches, {report.tokens(found):,} tokens a step",
+        report.ranks(found),
+        f"step: {report.seconds(found.step)} (forward and backward {report.seconds(found.forward_backward)}, sums of "
+        f"gradients {report.seconds(found.reduction)}, update {report.seconds(found.update)}), "
+        f"{report.tokens(found) / found.step:,.0f} tokens/s",
+        f"memory: {report.gigabytes(found.memory)} of {report.gigabytes(device.memory)} that a run may use, GB in the "
+        "table; predicted, not measured",
+        "it fits" if found.fits(device) else "it does not fit",
+    ]) + "\n"  # fmt: skip
+
+
+def _misfit(setup: Setup, found: Estimate) -> str:
+    over = report.gigabytes(found.memory - setup.device.memory)
+    name = nearest_recompute(setup)
+    if name is None:
+        mend = "no recompute is enough: take more devices or a smaller --micro-batch-size (tools/plan_pipeline.py)"
+    else:
+        flags = {key: value for key, value in RECOMPUTE[name].items() if value != 1}
+        words = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in flags.items())
+        mend = f"it would with {words}" if words else "it would without recompute"
+    return f"the run takes {over} more than {setup.device.name} has: {mend}"
