@@ -55,24 +55,24 @@ def test_killed_and_started_again_it_is_the_undisturbed_run(launcher: Launcher, 
     assert list({line["iteration"]: line for line in launcher.steps(metrics)}.values()) == whole
     assert_same_state(save, launcher.root / f"{layout}-whole")
     assert not workers(launcher.root / metrics)
-    print(f"kill {number}: {layout} rank {victim} at step {step}: noticed after {took:.1f} s")
 
 
-@pytest.mark.parametrize("layout", ["dp2", pytest.param("pp2dp2", marks=pytest.mark.slow)])
-def test_a_rank_that_hangs_ends_the_others_in_time(launcher: Launcher, layout: str) -> None:
-    ranks, flags = PARALLEL[layout]
-    minutes, metrics = 0.2, f"{layout}-hangs.jsonl"
-    limit = round(minutes * 60) + 5
+@pytest.mark.parametrize(
+    ("layout", "grace"), [("dp2", 15), pytest.param("pp2dp2", 5, marks=pytest.mark.slow)]
+)  # seconds; the full figure is for a machine that does nothing else
+def test_a_rank_that_hangs_ends_the_others_in_time(launcher: Launcher, layout: str, grace: int) -> None:
+    (ranks, flags), minutes, metrics = PARALLEL[layout], 0.15, f"{layout}-hangs.jsonl"
+    ending = 2 if ranks == 2 else 10  # torchrun's patience with the others, from the first that ends on
     process = launcher.start(
-        ranks, metrics, f"--shutdown-timeout={limit}", train_iters=100000, distributed_timeout_minutes=minutes, **flags
-    )  # torchrun's timeout begins with the first that ends, and leaves the others time
+        ranks, metrics, f"--shutdown-timeout={ending}", train_iters=100000, distributed_timeout_minutes=minutes, **flags
+    )
     launcher.wait_for_steps(process, metrics, 3)
     running = workers(launcher.root / metrics)
     stopped = running.pop(1)
     os.kill(stopped, signal.SIGSTOP)
     took = wait_for(lambda: not any(map(alive, running.values())), "a rank still waits for the one that hangs")
     said = finished(process, code=1)
-    assert took < limit
+    assert took < minutes * 60 + grace
     assert not alive(stopped)
     for rank in running:
         start = f"error: {f'[rank {rank}] ' if rank else ''}rank {rank} ("
@@ -80,9 +80,9 @@ def test_a_rank_that_hangs_ends_the_others_in_time(launcher: Launcher, layout: s
         assert "lost contact with rank 1 (dp=1 pp=0 tp=0" in mine
         assert "longer than" not in mine
     assert "exitcode  : 6" in said
-    print(f"{layout}: noticed after {took:.1f} s, timeout {minutes * 60:.0f} s")
 
 
+@pytest.mark.slow
 def test_all_being_alive_is_said(launcher: Launcher) -> None:
     """One that is merely slow is not called lost."""
     env = {"EE_LLM_FAULTS": "commit.manifest:delay=12"}

@@ -16,10 +16,10 @@ from tests.ranks.launcher import PARALLEL, Launcher, finished, wait_for, workers
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks through Linux's /proc")
 
 
-@pytest.mark.parametrize(
-    "layout", ["pp2", pytest.param("tp2", marks=pytest.mark.slow), pytest.param("dp2", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["pp2", "tp2", "dp2"])
 def test_resumed_in_the_same_layout_bit_for_bit(launcher: Launcher, layout: str) -> None:
+    """Of pp2, test_two_nodes.py has a faster one."""
     ranks, flags = PARALLEL[layout]
     whole = launcher.run(ranks, f"{layout}-whole.jsonl", **flags)
     save = {"save": launcher.root / layout, "load": launcher.root / layout}
