@@ -85,3 +85,16 @@ def test_tour(tmp_path: Path) -> None:
     assert len((made / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) >= 4
     for said in ("lm loss", "early loss [2]", "early loss [4]", "Once upon a time", "full model"):
         assert said in result.stdout
+
+
+def test_planning_commands(tmp_path: Path) -> None:
+    """A plan with its picture, and the dry run of a launch script, as the README gives them."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"<!-- plan:.*?-->\n```bash\n(.*?)^```", text, re.S | re.M)[1]
+    for name in ("tools", "examples", "pretrain_early_exit_gpt.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = run("bash", "-euo", "pipefail", "-c", block, cwd=tmp_path, PATH=path)
+    assert (tmp_path / "plan.svg").read_text(encoding="utf-8").startswith("<svg")
+    for said in ("32.72B parameters on 64 x A100-80GB", "Its flags:", "it fits"):
+        assert said in result.stdout
