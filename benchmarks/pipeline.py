@@ -184,7 +184,7 @@ def filling_figures(layers: Sequence[Costs]) -> list[Figure]:
     return figures
 
 
-def model_config(row: Row, exits: tuple[int, ...], layout: str | None = None) -> RunConfig:
+def model_config(row: Row, exits: tuple[int, ...], planned: bool = False, layout: str | None = None) -> RunConfig:
     """A row's flags, as the launch scripts give them; vocabulary of 32,000, sequences of 2,048."""
     return RunConfig(
         model=ModelConfig(
@@ -195,6 +195,7 @@ def model_config(row: Row, exits: tuple[int, ...], layout: str | None = None) ->
         parallel=ParallelConfig(
             tensor_model_parallel_size=row.tp, pipeline_model_parallel_size=4, pipeline_model_parallel_layout=layout,
             sequence_parallel=row.tp > 1, use_distributed_optimizer=True,
+            exit_placement="planned" if planned else "before-backward",
         ),
         training=TrainingConfig(micro_batch_size=row.micro, global_batch_size=2048),
         precision=PrecisionConfig(bf16=True),
@@ -206,8 +207,7 @@ def model_figures(row: Row) -> list[Figure]:
     device, world = preset("A100-80GB", "bfloat16"), 16 * row.tp
 
     def passes(exits: tuple[int, ...], planned: bool = False, layout: str | None = None) -> float:
-        setup = Setup(model_config(row, exits, layout), world, 32000, device)
-        return estimate(setup, planned).forward_backward
+        return estimate(Setup(model_config(row, exits, planned, layout), world, 32000, device)).forward_backward
 
     without = passes(())
     bare, setup = model_config(row, ()), Setup(model_config(row, row.exits), world, 32000, device)

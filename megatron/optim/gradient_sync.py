@@ -19,7 +19,7 @@ from megatron.optim.buckets import BUCKET, Bucket, Segments, flatten, make_bucke
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.tensor import all_gather, reduce_scatter
 
-_MOST_FLYING = 4  # messages under way at a time: what they hold beside the gradients is bounded
+_MOST_FLYING = 2  # messages under way at a time: what they hold beside the gradients is bounded
 
 Home = tuple[int, bool]  # the stage whose actions make a gradient, and whether its heads alone do
 

@@ -66,6 +66,11 @@ class Backend:
         """Whether tensors live on a GPU."""
         return self.device.type == "cuda"
 
+    @property
+    def has_one_queue(self) -> bool:
+        """Whether the GPU starts all work in the order of its launch, whatever streams it is on."""
+        return self.is_cuda and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1"
+
     def synchronize(self) -> None:
         """Wait for queued device work; nothing to do on CPU."""
         if self.is_cuda:

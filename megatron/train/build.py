@@ -51,6 +51,11 @@ def build_trainer(
             model.named_parameters(), config.optimizer, mesh, shared, config.parallel.use_distributed_optimizer
         )
     partition = stages_of(config.model, config.exits, config.parallel)
+    if mesh.backend.has_one_queue and len(partition) > mesh.size("pp") > 1:
+        raise ConfigError(
+            "CUDA_DEVICE_MAX_CONNECTIONS=1 and several pipeline stages a rank: their messages would wait for each "
+            "other for ever. Unset it (tensor parallelism overlaps without it here)"
+        )
     trainer = Trainer(
         config=config,
         mesh=mesh,

@@ -119,3 +119,14 @@ def test_peak_memory_is_not_the_parents():
     command = "from megatron.parallel.backend import peak_resident_bytes as peak; print(peak())"
     done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
     assert 10e6 < int(done.stdout) < len(large)
+
+
+def test_one_hardware_queue_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, cpu = Backend(torch.device("cuda", 0), "nccl"), Backend(torch.device("cpu"), "gloo")
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    assert not gpu.has_one_queue
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    assert gpu.has_one_queue
+    assert not cpu.has_one_queue
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    assert not gpu.has_one_queue
