@@ -12,6 +12,10 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = setting(1, "Ranks that share each layer (tp).")
     pipeline_model_parallel_size: int = setting(1, "Ranks that the layers are spread over (pp).")
+    tune_exit: bool = setting(False, "Freeze the backbone and train the exits alone (EE-Tuning).")
+    tune_exit_pipeline_parallel_size: int = setting(
+        1, "With --tune-exit: how many of the model's pipeline stages are loaded and run, from the first on."
+    )
     use_distributed_optimizer: bool = setting(
         False, "Each data-parallel rank keeps the optimizer state of its share of every parameter (ZeRO-1)."
     )
@@ -48,3 +52,8 @@ class ParallelConfig:
     fill_loss_normalization: Literal["unbiased", "original"] = setting(
         "unbiased", "With partial microbatches: every loss an unbiased mean, or EE-LLM's one divisor for all."
     )
+
+    @property
+    def pipeline_ranks(self) -> int:
+        """Ranks along pp: those of all stages, or of the ones that tuning exits needs."""
+        return self.tune_exit_pipeline_parallel_size if self.tune_exit else self.pipeline_model_parallel_size

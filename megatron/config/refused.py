@@ -47,13 +47,6 @@ ACCEPTED: tuple[Accepted, ...] = (
     Accepted("--no-scatter-gather-tensors-in-pipeline", _OVERLAP),
     Accepted("--use-ring-exchange-p2p", _OVERLAP),
     Accepted("--expert-model-parallel-size", "1 means no expert parallelism", 1, ("1",), _EXPERTS),
-    Accepted(
-        "--tune-exit-pipeline-parallel-size",
-        "one stage is what always runs",
-        1,
-        ("1",),
-        "tuning exits is not in this version yet; use 1",
-    ),
     Accepted("--local-rank", "the launcher's environment says it", 1),
     Accepted("--local_rank", "the launcher's environment says it", 1),
     Accepted("--use-cpu-initialization", "initial values are the same on every device and layout"),
@@ -89,7 +82,6 @@ ACCEPTED: tuple[Accepted, ...] = (
 _REFUSED: tuple[tuple[str, str], ...] = (
     ("the first stage has the embedding", "--standalone-embedding-stage"),
     ("recomputed activations are kept whole; use --sequence-parallel", "--distribute-saved-activations"),
-    ("tuning exits on a frozen backbone is not in this version yet", "--tune-exit"),
     (
         "not in this version yet",
         "--tie-exit-output-weights",

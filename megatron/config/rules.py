@@ -17,7 +17,7 @@ AT_LEAST_ONE = (
     *("num_query_groups", "seq_length", "max_position_embeddings", "make_vocab_size_divisible_by"),
     *("padded_vocab_size", "window_size", "rope_original_max_position_embeddings", "vocab_size"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size"),
-    "num_layers_per_virtual_pipeline_stage",
+    *("num_layers_per_virtual_pipeline_stage", "tune_exit_pipeline_parallel_size"),
     *("global_batch_size", "train_iters", "train_samples", "eval_interval", "exit_interval"),
     *(
         "keep_last_n_checkpoints",

@@ -64,6 +64,26 @@ def schedule_from_a_file(config: RunConfig) -> Faults:
         yield "--schedule-file and --calculate-per-token-loss exclude each other: partial microbatches count as others"
 
 
+def tuning(config: RunConfig) -> Faults:
+    parallel = config.parallel
+    if not parallel.tune_exit:
+        return
+    stages, loaded = parallel.pipeline_model_parallel_size, parallel.tune_exit_pipeline_parallel_size
+    if loaded > stages:
+        yield (
+            f"--tune-exit-pipeline-parallel-size {loaded} is more than the model's {stages} stages: lower it, or raise "
+            f"--pipeline-model-parallel-size"
+        )
+    if not config.exits.exit_layer_nums:
+        yield "--tune-exit needs exits (--exit-layer-nums): nothing else learns"
+    if _several_stages(config):
+        yield (
+            "--tune-exit takes one stage a rank: leave out --num-layers-per-virtual-pipeline-stage, or shorten the layout"
+        )
+    if parallel.fill_explicit_bubbles:
+        yield "--tune-exit and --fill-explicit-bubbles exclude each other: forward passes alone leave no bubbles to fill"
+
+
 def filling(config: RunConfig) -> Faults:
     parallel = config.parallel
     if not parallel.fill_explicit_bubbles:
@@ -108,6 +128,7 @@ PARALLEL_RULES: tuple[Callable[[RunConfig], Faults], ...] = (
     chunks_fit_the_schedule,
     split_backward_is_eager,
     schedule_from_a_file,
+    tuning,
     filling,
     heads_divide,
     vocabulary_divides,

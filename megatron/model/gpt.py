@@ -44,7 +44,7 @@ class GPT(nn.Module):
         self.config, self.stages, self.padded_vocab_size, self.tp = model, stages, padded_vocab_size, tp
         training = training or TrainingConfig()
         selective = training.recompute_granularity == "selective"
-        self.segments = {stage.index: segments(stage, training) for stage in stages}
+        self.flags = training
         first, last = (any(flags) for flags in zip(*((stage.is_first, stage.is_last) for stage in stages), strict=True))
         specs = self.exit_specs()
         self.embedding = Embedding(model, padded_vocab_size, tp) if first else None
@@ -107,7 +107,7 @@ class GPT(nn.Module):
     def forward(self, hidden: Tensor, context: LayerContext, stage: StageSpec) -> tuple[Tensor, Taps]:
         """Run a stage's layers over hidden [s, b, h]; returns the last hidden state and the taps of its exits."""
         taps: Taps = {}
-        for first, last, recompute in self.segments[stage.index]:
+        for first, last, recompute in segments(stage, self.flags):
             if recompute and torch.is_grad_enabled():
                 # Dropout reseeds itself by layer, so a recomputed segment draws the same masks.
                 hidden, found = checkpoint(
@@ -116,7 +116,10 @@ class GPT(nn.Module):
             else:
                 hidden, found = self._segment(stage, first, last, hidden, context)
             taps |= found
-        if stage.is_last:
+        for spec in stage.exits:
+            if spec.layer == stage.until and spec.tap == "input":  # its layer itself isn't run
+                taps[spec.label] = (hidden,)
+        if stage.has_final:
             taps[FINAL] = (hidden,)
         return hidden, taps
 

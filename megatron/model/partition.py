@@ -3,7 +3,7 @@ torch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from megatron.config.layout import stage_depths
@@ -16,7 +16,11 @@ from megatron.exits.spec import FINAL, ExitSpec, exit_specs
 
 @dataclass(frozen=True)
 class StageSpec:
-    """A span of layers [first, last) of the model (from 0) plus the exits inside it."""
+    """A span of layers [first, last) of the model (from 0) plus the exits inside it.
+
+    stop: where the backbone is frozen, the layer (from 0) that training doesn't run any more; then the model's own head
+    doesn't run either.
+    """
 
     index: int
     first: int
@@ -24,11 +28,27 @@ class StageSpec:
     exits: tuple[ExitSpec, ...]
     is_first: bool
     is_last: bool
+    stop: int | None = None
+
+    @property
+    def until(self) -> int:
+        """Layers run up to this one."""
+        return self.last if self.stop is None else self.stop
+
+    @property
+    def has_final(self) -> bool:
+        """Whether the model's own head runs here."""
+        return self.is_last and self.stop is None
+
+    @property
+    def whole(self) -> "StageSpec":
+        """The same with all that it holds being run."""
+        return replace(self, stop=None)
 
     @property
     def heads(self) -> tuple[str, ...]:
         """Labels of the heads here, shallow first, the final head last."""
-        return (*(spec.label for spec in self.exits), *((FINAL,) if self.is_last else ()))
+        return (*(spec.label for spec in self.exits), *((FINAL,) if self.has_final else ()))
 
 
 def partition(depths: Sequence[int], exits: Sequence[ExitSpec]) -> tuple[StageSpec, ...]:
@@ -54,8 +74,24 @@ def partition(depths: Sequence[int], exits: Sequence[ExitSpec]) -> tuple[StageSp
 
 
 def stages_of(model: ModelConfig, exits: ExitConfig, parallel: ParallelConfig) -> tuple[StageSpec, ...]:
-    """All stages of a run's model. Raises ConfigError where the flags can't be met."""
-    return partition(stage_depths(parallel, model.num_layers), exit_specs(exits))
+    """All stages that a run has: the model's, or the first ones with what the exits to be tuned need.
+
+    Raises ConfigError where the flags can't be met.
+    """
+    stages = partition(stage_depths(parallel, model.num_layers), exit_specs(exits))
+    return _tuned(stages[: parallel.pipeline_ranks]) if parallel.tune_exit else stages
+
+
+def _tuned(loaded: tuple[StageSpec, ...]) -> tuple[StageSpec, ...]:
+    """Stages that run as far as the last exit."""
+    specs = [spec for stage in loaded for spec in stage.exits]
+    if not specs:
+        raise ConfigError(
+            f"--tune-exit: no exit lies in the first {len(loaded)} pipeline stages, which end at layer "
+            f"{loaded[-1].last}: raise --tune-exit-pipeline-parallel-size, or give earlier --exit-layer-nums"
+        )
+    end = max(spec.layer if spec.tap == "input" else spec.layer + 1 for spec in specs)
+    return tuple(replace(stage, stop=min(max(end, stage.first), stage.last)) for stage in loaded)
 
 
 def stages_of_rank(stages: tuple[StageSpec, ...], rank: int, num_ranks: int) -> tuple[StageSpec, ...]:
@@ -66,13 +102,13 @@ def stages_of_rank(stages: tuple[StageSpec, ...], rank: int, num_ranks: int) -> 
 def segments(stage: StageSpec, training: TrainingConfig) -> tuple[tuple[int, int, bool], ...]:
     """(first, last, recompute) spans of the stage's layers under the run's recompute flags."""
     if training.recompute_granularity != "full":
-        return ((stage.first, stage.last, False),)
+        return ((stage.first, stage.until, False),)
     size = training.recompute_num_layers or 1
     if training.recompute_method == "block":
-        border = min(stage.first + size, stage.last)
+        border = min(stage.first + size, stage.until)
         recomputed = tuple((i, i + 1, True) for i in range(stage.first, border))
-        return (*recomputed, (border, stage.last, False)) if border < stage.last else recomputed
-    return tuple((i, min(i + size, stage.last), True) for i in range(stage.first, stage.last, size))
+        return (*recomputed, (border, stage.until, False)) if border < stage.until else recomputed
+    return tuple((i, min(i + size, stage.until), True) for i in range(stage.first, stage.until, size))
 
 
 @dataclass(frozen=True)

@@ -80,17 +80,22 @@ class Stage:
         stages, the one meant. `later`: where the model's layers keep gradients, for `backward_input`."""
         self.model, self.later = model, later
         self.spec = spec or model.stages[0]
+        self.frozen = self.spec.stop is not None
         self.vocab_size = vocab_size or model.padded_vocab_size
 
     def forward(self, batch: TokenBatch, stream: DropoutStream | None, received: Tensor | None = None) -> Activations:
-        """F: embed, or take the hidden state [s, b, h] of the stage before, and run the layers; keeps the taps."""
+        """F: embed, or take the hidden state [s, b, h] of the stage before, and run the layers; keeps the taps.
+
+        Where the backbone is frozen nothing is kept for a backward pass.
+        """
         model = self.model
-        if received is None:
-            entering = model.embedding(batch.tokens, batch.position_ids, stream)
-        else:
-            entering = received.requires_grad_(torch.is_grad_enabled())
-        context = model.context(batch.tokens.shape[1], entering, batch.document_ids, stream)
-        hidden, taps = model(entering, context, self.spec)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            if received is None:
+                entering = model.embedding(batch.tokens, batch.position_ids, stream)
+            else:
+                entering = received.requires_grad_(torch.is_grad_enabled())
+            context = model.context(batch.tokens.shape[1], entering, batch.document_ids, stream)
+            hidden, taps = model(entering, context, self.spec)
         return Activations(hidden, _edge(hidden), taps, context, received)
 
     def empty_message(self, batch: TokenBatch) -> Tensor:

@@ -229,7 +229,7 @@ def launched_size() -> int | None:
 
 def mesh_sizes(config: ParallelConfig, world: int) -> tuple[int, int, int]:
     """(pp, dp, tp) for `world` ranks; dp is what tp and pp leave. Raises ConfigError where they don't fit."""
-    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    tp, pp = config.tensor_model_parallel_size, config.pipeline_ranks
     if world % (tp * pp):
         raise ConfigError(
             f"--tensor-model-parallel-size {tp} times --pipeline-model-parallel-size {pp} does not divide the "

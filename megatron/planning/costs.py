@@ -5,7 +5,7 @@ FLOP and communication is free, so that ratios are right.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron.config.model import ExitConfig, ModelConfig
 from megatron.config.training import TrainingConfig
@@ -63,14 +63,16 @@ def stage_costs(  # noqa: PLR0913 - one keyword per thing that changes a cost
 
 def _stage(clock: "Clock", exits: ExitConfig, stage: StageSpec, training: TrainingConfig) -> Costs:
     layer = clock.layer()
-    body = layer.times(stage.last - stage.first)
+    body = layer.times(stage.until - stage.first)
     again = 0.0
     if training.recompute_granularity == "selective":
-        again = (stage.last - stage.first) * clock.attention()
+        again = (stage.until - stage.first) * clock.attention()
     again += sum((last - first) * layer.forward for first, last, recompute in segments(stage, training) if recompute)
     heads = sum((clock.exit(exits).total for _ in stage.exits), 0.0)
-    if stage.is_last:
+    if stage.has_final:
         heads += clock.head().total
+    if stage.stop is not None:  # a frozen backbone has no backward pass
+        body, again = replace(body, input=0.0, weight=0.0), 0.0
     return Costs(
         forward=body.forward + (clock.embedding() if stage.is_first else 0.0),
         heads=heads,

@@ -34,10 +34,11 @@ def toy_config(*flags: str) -> RunConfig:
 
 def build(mesh: Mesh, config: RunConfig, dtype: torch.dtype) -> Trainer:
     """A trainer whose initial values are those of every other layout; norms and biases are perturbed, too."""
+    stages = "tune_exit_pipeline_parallel_size" if config.parallel.tune_exit else "pipeline_model_parallel_size"
     parallel = replace(
         config.parallel,
         tensor_model_parallel_size=mesh.size("tp"),
-        pipeline_model_parallel_size=mesh.size("pp"),
+        **{stages: mesh.size("pp")},
     )
     trainer = build_trainer(replace(config, parallel=parallel), dtype=dtype, mesh=mesh)
     initialise_all(trainer, config.training.seed)

@@ -1,10 +1,13 @@
 """From a config to a trainer: plain functions, one per part."""
 
+from dataclasses import replace
+
 import torch
 
 from megatron.checkpoint.together import Together
 from megatron.config.run import RunConfig
 from megatron.errors import ConfigError
+from megatron.logs import get_logger
 from megatron.model.build import build_model, padded_rows
 from megatron.model.gpt import GPT
 from megatron.model.partition import StageSpec, replicas, stages_of
@@ -27,6 +30,8 @@ from megatron.train.plan import splits_backward
 from megatron.train.spikes import SpikeWatch
 from megatron.train.trainer import Trainer
 
+log = get_logger(__name__)
+
 
 def build_trainer(
     config: RunConfig, backend: Backend | None = None, dtype: torch.dtype | None = None, mesh: Mesh | None = None
@@ -35,6 +40,7 @@ def build_trainer(
 
     dtype: of parameters, where it isn't the config's. mesh: where it is not to be made of all ranks launched.
     """
+    config = untie_tuned_heads(config)
     if mesh is None:
         mesh = Mesh.build(config.parallel, backend or Backend.choose(config.parallel.distributed_backend))
     _check_batch(config, mesh.size("dp"))
@@ -81,6 +87,14 @@ def build_trainer(
     return trainer
 
 
+def untie_tuned_heads(config: RunConfig) -> RunConfig:
+    """Exits that are tuned own their output matrices: a frozen one can't learn, and would change the backbone."""
+    if not config.parallel.tune_exit or config.exits.untie_exit_output_weights:
+        return config
+    log.info("--tune-exit: each exit gets its own copy of the output matrix that it was tied to")
+    return replace(config, exits=replace(config.exits, untie_exit_output_weights=True))
+
+
 def _build_model(config: RunConfig, mesh: Mesh, vocab_size: int, dtype: torch.dtype | None) -> GPT:
     """The model, with the kernels that the flags ask for."""
     try:
@@ -92,6 +106,9 @@ def _build_model(config: RunConfig, mesh: Mesh, vocab_size: int, dtype: torch.dt
             f"a model of these sizes does not fit into memory (--hidden-size, --num-layers, --seq-length, the "
             f"vocabulary): {str(error).splitlines()[0][:200]}"
         ) from error
+    if config.parallel.tune_exit:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("exits."))
     if config.precision.fp8:
         use_fp8(model, config.precision.fp8)
     if config.training.torch_compile:

@@ -91,7 +91,8 @@ class Console:
         lines = [f" {title} at iteration {self._trainer.progress.iteration} ({seconds:.1f} s)"]
         for label, m in results.items():
             place = "final" if label == FINAL else f"exit {label}"
-            agreement = "" if label == FINAL else f" | agreement with final: {m.agreement:6.2%}"
+            known = FINAL in results and label != FINAL
+            agreement = f" | agreement with final: {m.agreement:6.2%}" if known else ""
             lines.append(
                 f"   {place:>9} | loss: {m.loss:.4f} | ppl: {m.perplexity:10.3f} "
                 f"| next-token accuracy: {m.accuracy:6.2%}{agreement}"

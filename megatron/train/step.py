@@ -55,7 +55,7 @@ def train_step(trainer: Trainer, batches: Sequence[TokenBatch], recorder: Record
     share = partial(_share, plan.terms)
     step = Step(trainer.stages, batches, streams, objective, share, sync.reduce, sync.watch, recorder)
 
-    trainer.model.train()
+    trainer.prepare_modules()
     optimizer.zero_grad()
     terms = run(plan, trainer.mesh.rank("pp"), step, trainer.link)
     sync.finish()

@@ -67,6 +67,16 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
 
     @property
+    def tuning(self) -> bool:
+        """Whether the backbone is frozen and exits alone train."""
+        return self.config.parallel.tune_exit
+
+    def prepare_modules(self) -> None:
+        """Switch dropout on wherever something learns."""
+        self.model.train(not self.tuning)
+        self.model.exits.train()
+
+    @property
     def uses_dropout(self) -> bool:
         """Whether the forward pass draws random numbers."""
         return self.config.model.hidden_dropout > 0 or self.config.model.attention_dropout > 0
@@ -86,7 +96,7 @@ class Trainer:
         """What a step's schedule is asked for."""
         heads = frozenset(stage.index for stage in self.partition if stage.heads)
         ranks = self.mesh.size("pp")
-        return Pipeline(ranks, num_microbatches, heads, chunks=len(self.partition) // ranks)
+        return Pipeline(ranks, num_microbatches, heads, chunks=len(self.partition) // ranks, tuning=self.tuning)
 
     def dropout_stream(self, step: int, microbatch: int) -> DropoutStream | None:
         """The dropout streams of one of this rank's microbatches of a step, or None where nothing is dropped."""
