@@ -78,10 +78,10 @@ def tuning(config: RunConfig) -> Faults:
         yield "--tune-exit needs exits (--exit-layer-nums): nothing else learns"
     if _several_stages(config):
         yield (
-            "--tune-exit takes one stage a rank: leave out --num-layers-per-virtual-pipeline-stage, or shorten the layout"
+            "--tune-exit takes one stage a rank: leave out --num-layers-per-virtual-pipeline-stage, or have fewer stages"
         )
     if parallel.fill_explicit_bubbles:
-        yield "--tune-exit and --fill-explicit-bubbles exclude each other: forward passes alone leave no bubbles to fill"
+        yield "--tune-exit and --fill-explicit-bubbles exclude each other: forward passes leave no bubbles to fill"
 
 
 def filling(config: RunConfig) -> Faults:

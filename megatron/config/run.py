@@ -22,6 +22,12 @@ class CheckpointConfig:
     async_save: bool = setting(
         False, "Write checkpoints while training goes on; takes CPU memory for a copy of the state."
     )
+    save_exits_only: bool = setting(
+        False, "With --tune-exit: save the exits alone; --backbone has the rest when the run goes on."
+    )
+    backbone: str | None = setting(
+        None, "With --tune-exit: checkpoint of the frozen backbone, where --load has the exits alone.", metavar="DIR"
+    )
     load: str | None = setting(
         None, "Directory of a checkpoint to start from: native or Megatron's, by content.", metavar="DIR"
     )

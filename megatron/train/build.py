@@ -1,13 +1,10 @@
 """From a config to a trainer: plain functions, one per part."""
 
-from dataclasses import replace
-
 import torch
 
 from megatron.checkpoint.together import Together
 from megatron.config.run import RunConfig
 from megatron.errors import ConfigError
-from megatron.logs import get_logger
 from megatron.model.build import build_model, padded_rows
 from megatron.model.gpt import GPT
 from megatron.model.partition import StageSpec, replicas, stages_of
@@ -29,8 +26,7 @@ from megatron.train.batch_size import global_batch_sizes, training_length
 from megatron.train.plan import splits_backward
 from megatron.train.spikes import SpikeWatch
 from megatron.train.trainer import Trainer
-
-log = get_logger(__name__)
+from megatron.train.tuning import untie_heads
 
 
 def build_trainer(
@@ -40,7 +36,7 @@ def build_trainer(
 
     dtype: of parameters, where it isn't the config's. mesh: where it is not to be made of all ranks launched.
     """
-    config = untie_tuned_heads(config)
+    config = untie_heads(config)
     if mesh is None:
         mesh = Mesh.build(config.parallel, backend or Backend.choose(config.parallel.distributed_backend))
     _check_batch(config, mesh.size("dp"))
@@ -85,14 +81,6 @@ def build_trainer(
         for size in global_batch_sizes(config.training, mesh.size("dp")):
             trainer.plan(size // (config.training.micro_batch_size * mesh.size("dp")))  # or say now what can't be
     return trainer
-
-
-def untie_tuned_heads(config: RunConfig) -> RunConfig:
-    """Exits that are tuned own their output matrices: a frozen one can't learn, and would change the backbone."""
-    if not config.parallel.tune_exit or config.exits.untie_exit_output_weights:
-        return config
-    log.info("--tune-exit: each exit gets its own copy of the output matrix that it was tied to")
-    return replace(config, exits=replace(config.exits, untie_exit_output_weights=True))
 
 
 def _build_model(config: RunConfig, mesh: Mesh, vocab_size: int, dtype: torch.dtype | None) -> GPT:

@@ -1,7 +1,7 @@
 """What of a trainer goes into a checkpoint, and how one comes back: native or Megatron's, told apart by content."""
 
 import dataclasses
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Container, Iterable
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -10,19 +10,20 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint import megatron_legacy, native
-from megatron.checkpoint.find import NATIVE, Found, recognise_if_any
+from megatron.checkpoint.find import NATIVE, Found, recognise, recognise_if_any
 from megatron.checkpoint.run_facts import read_run_facts
 from megatron.checkpoint.snapshot import Snapshot
 from megatron.checkpoint.state import MODEL, OPTIMIZER, PADDING, RunState, copy_into
 from megatron.checkpoint.together import ALONE, Together
 from megatron.config.load import from_checkpoint, save_config, to_dict
-from megatron.config.run import RunConfig
+from megatron.config.run import CheckpointConfig, RunConfig
 from megatron.errors import CheckpointError, ConfigError
 from megatron.logs import get_logger
 from megatron.model.init import initialise
 from megatron.model.names import model_state, named_parts
 from megatron.optim.lr import LrSchedule, WeightDecaySchedule
 from megatron.parallel.placement import Placed, views
+from megatron.train import tuning
 from megatron.train.trainer import Trainer
 
 log = get_logger(__name__)
@@ -84,6 +85,7 @@ def facts(trainer: Trainer) -> dict[str, Any]:
         "padded_vocab_size": trainer.model.padded_vocab_size,
         "tokenizer": trainer.tokenizer.fingerprint,
         "torch": torch.__version__,
+        **tuning.holds(trainer),
     }
 
 
@@ -91,6 +93,8 @@ def tensors_to_save(trainer: Trainer) -> dict[str, Placed]:
     """What this rank writes to a checkpoint: data-parallel ranks share out what they all hold."""
     mesh, optimizer = trainer.mesh, trainer.optimizer
     parts = state_tensors(trainer, optimizer=trainer.config.checkpoint.save_optim)
+    if trainer.config.checkpoint.save_exits_only:
+        parts = {name: part for name, part in parts.items() if tuning.is_of_exits(name)}
     sharded = optimizer is not None and optimizer.sync.sharded
     loads, mine = [0] * mesh.size("dp"), {}
     for name, part in parts.items():
@@ -178,21 +182,11 @@ def load(trainer: Trainer, found: Found) -> None:
     fresh = flags.finetune or found.release
     with_optimizer = flags.load_optim and not fresh and trainer.optimizer is not None
     targets = state_tensors(trainer, optimizer=with_optimizer)
-    ignore = () if with_optimizer else (OPTIMIZER,)
-    what = str(found.directory)
-    elsewhere = frozenset().union(*trainer.peers.gather(frozenset(targets)))
-    if found.format == NATIVE:
-        about = read_run_facts(found.directory)
-        _check_same_model(trainer.config, from_checkpoint(about["config"]), what)
-        _check_same_tokenizer(trainer, about, what)
-        if not fresh:
-            _say_other_run(trainer.config, from_checkpoint(about["config"]), what)
-        native.load(found.directory, targets, ignore=ignore, convert=True, elsewhere=elsewhere)
-    else:
-        state = megatron_legacy.read(found.directory, trainer.vocab_size, with_optimizer=with_optimizer)
-        about = state.facts
-        _check_same_model(trainer.config, from_checkpoint(about["args"]), what, _UNSURE_IN_MEGATRON)
-        _copy_own(state.tensors, targets, elsewhere, what)
+    if trainer.tuning and found.format == NATIVE and native.read_facts(found.directory).get("holds") == tuning.EXITS:
+        frozen = {name: part for name, part in targets.items() if not tuning.is_of_exits(name)}
+        _read(trainer, _backbone(flags, found), frozen, fresh=True)
+        targets = {name: part for name, part in targets.items() if name not in frozen}
+    about = _read(trainer, found, targets, fresh=fresh, with_optimizer=with_optimizer)
     if with_optimizer:
         trainer.optimizer.steps = about["optimizer_step"]
         trainer.scaler.restore(about.get("grad_scaler") or {})
@@ -203,6 +197,51 @@ def load(trainer: Trainer, found: Found) -> None:
         _restore_progress(trainer, about)
         if with_optimizer:
             _restore_schedules(trainer, about)
+
+
+def _backbone(flags: CheckpointConfig, exits: Found) -> Found:
+    if flags.backbone is None:
+        raise CheckpointError(
+            f"{exits.directory} holds exits alone: name the checkpoint that they were tuned on with --backbone DIR"
+        )
+    return recognise(Path(flags.backbone))
+
+
+def _read(
+    trainer: Trainer, found: Found, targets: dict[str, Placed], *, fresh: bool, with_optimizer: bool = False
+) -> dict[str, Any]:
+    """Fill this rank's parts of a checkpoint's tensors; returns what else it says."""
+    ignore, what = () if with_optimizer else (OPTIMIZER,), str(found.directory)
+    elsewhere = frozenset().union(*trainer.peers.gather(frozenset(targets)))
+    if found.format == NATIVE:
+        about = read_run_facts(found.directory)
+        _check_same_model(trainer.config, from_checkpoint(about["config"]), what)
+        _check_same_tokenizer(trainer, about, what)
+        if not fresh:
+            _say_other_run(trainer.config, from_checkpoint(about["config"]), what)
+        stored = native.tensor_index(found.directory).keys()
+        elsewhere |= _without_target(trainer, stored, targets)
+        copies = tuning.copies_of_tied_heads(trainer, stored, targets)
+        own = {name: part for name, part in targets.items() if name not in copies}
+        native.load(found.directory, own, ignore=ignore, convert=True, elsewhere=elsewhere)
+        for name, source in copies.items():
+            native.load(found.directory, {source: targets[name]}, ignore=ignore, convert=True, elsewhere=stored)
+        return about
+    state = megatron_legacy.read(found.directory, trainer.vocab_size, with_optimizer=with_optimizer)
+    _check_same_model(trainer.config, from_checkpoint(state.facts["args"]), what, _UNSURE_IN_MEGATRON)
+    for name, source in tuning.copies_of_tied_heads(trainer, state.tensors.keys(), targets).items():
+        state.tensors[name] = state.tensors[source]
+    elsewhere |= _without_target(trainer, state.tensors.keys(), targets)
+    _copy_own(state.tensors, targets, elsewhere, what)
+    return state.facts
+
+
+def _without_target(trainer: Trainer, stored: Collection[str], targets: Container[str]) -> frozenset[str]:
+    """Tensors of a checkpoint that a tuning run leaves where they are."""
+    behind = tuning.left_behind(trainer, stored)
+    if trainer.tuning and trainer.config.checkpoint.backbone:
+        behind |= {name for name in stored if name not in targets}  # of one checkpoint the exits, of one the rest
+    return behind
 
 
 def _copy_own(source: dict[str, Tensor], targets: dict[str, Placed], elsewhere: Container[str], what: str) -> None:
