@@ -38,7 +38,7 @@ class Embedding(nn.Module):
             hidden = hidden + self.tp.own_part(places)
         if stream is not None and self.dropout > 0:
             stream.enter("embedding", sharded=self.tp.sequence)
-            hidden = F.dropout(hidden, self.dropout)
+            hidden = F.dropout(hidden, self.dropout, self.training)
         return hidden
 
     def _words(self, tokens: Tensor) -> Tensor:

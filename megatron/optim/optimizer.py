@@ -60,11 +60,12 @@ class TrainingOptimizer:
             }
             for decayed in (True, False)
         ]
-        self.inner = build_update(config, [group for group in groups if group["params"]])
+        self.inner = build_update(config, [group for group in groups if group["params"]] or groups[:1])
 
     def zero_grad(self) -> None:
         """Clear all gradient buffers in place."""
-        torch._foreach_zero_([p.main_grad for p in self.parameters.values()])
+        if self.parameters:  # a stage without exits has none where these alone train
+            torch._foreach_zero_([p.main_grad for p in self.parameters.values()])
 
     def step(
         self, lr: float, weight_decay: float, loss_scale: float, check_finite: bool, limit: float | None = None
@@ -80,7 +81,7 @@ class TrainingOptimizer:
         factor = 1.0 / loss_scale
         if self.clip_grad > 0:
             factor *= min(1.0, self.clip_grad / (norm + 1e-6))
-        if factor != 1.0:
+        if factor != 1.0 and self.masters:
             torch._foreach_mul_([master.grad for master in self.masters.values()], factor)
         for group in self.inner.param_groups:
             group["lr"] = lr
@@ -96,6 +97,8 @@ class TrainingOptimizer:
 
     def steepest_parameter(self) -> tuple[float, str]:
         """Norm of the largest gradient of a parameter (of this rank's rows of it), and the parameter's name."""
+        if not self.masters:
+            return 0.0, "nothing"
         norms = torch.stack(torch._foreach_norm([master.grad for master in self.masters.values()]))
         place = int(norms.argmax())
         return float(norms[place]), list(self.masters)[place]
