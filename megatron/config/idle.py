@@ -28,6 +28,12 @@ _ROWS: tuple[tuple[tuple[str, ...], Callable[[RunConfig], bool], str], ...] = (
         lambda c: c.checkpoint.load is not None,
         "without --load",
     ),
+    (
+        ("tune_exit_pipeline_parallel_size", "backbone"),
+        lambda c: c.parallel.tune_exit,
+        "without --tune-exit",
+    ),
+    (("pipeline_schedule", "exit_placement"), lambda c: not c.parallel.tune_exit, "with --tune-exit"),
     (("device",), lambda c: c.logging.dry_run, "without --dry-run"),
     (
         ("exit_layer_weight_init", "exit_layer_weight_warmup_style"),

@@ -67,6 +67,8 @@ def schedule_from_a_file(config: RunConfig) -> Faults:
 def tuning(config: RunConfig) -> Faults:
     parallel = config.parallel
     if not parallel.tune_exit:
+        if config.checkpoint.save_exits_only:
+            yield "--save-exits-only would lose all else that is trained: it goes with --tune-exit"
         return
     stages, loaded = parallel.pipeline_model_parallel_size, parallel.tune_exit_pipeline_parallel_size
     if loaded > stages:
@@ -77,9 +79,7 @@ def tuning(config: RunConfig) -> Faults:
     if not config.exits.exit_layer_nums:
         yield "--tune-exit needs exits (--exit-layer-nums): nothing else learns"
     if _several_stages(config):
-        yield (
-            "--tune-exit takes one stage a rank: leave out --num-layers-per-virtual-pipeline-stage, or have fewer stages"
-        )
+        yield ("--tune-exit takes one stage a rank: leave out --num-layers-per-virtual-pipeline-stage")
     if parallel.fill_explicit_bubbles:
         yield "--tune-exit and --fill-explicit-bubbles exclude each other: forward passes leave no bubbles to fill"
 

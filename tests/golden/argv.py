@@ -3,7 +3,7 @@
 from pathlib import Path
 
 INPUTS = (
-    *("--tokenizer-model", "--vocab-file", "--merge-file", "--load", "--config", "--schedule-file"),
+    *("--tokenizer-model", "--vocab-file", "--merge-file", "--load", "--config", "--schedule-file", "--backbone"),
     *("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path"),
 )
 OUTPUTS = ("--save", "--data-cache-path", "--tensorboard-dir", "--metrics-file", "--wandb-save-dir", "--trace")

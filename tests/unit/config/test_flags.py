@@ -70,7 +70,7 @@ def test_contradictions(line: str) -> None:
         ("--seed", "--seed: takes one value, got none"),
         ("--config", "--config: takes one file, got none"),
         ("--num-experts 4", "--num-experts: mixture-of-experts layers are not supported"),
-        ("--tune-exit", "not in this version yet"),
+        ("--tie-exit-output-weights", "not in this version yet"),
         ("--transformer-impl transformer_engine", "Transformer Engine"),
         ("--timing-log-level 7", "not one of 0, 1, 2"),
         ("--use-flash-attn 1", "--use-flash-attn: takes no value, got 1"),

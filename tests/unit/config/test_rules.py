@@ -25,6 +25,7 @@ PP2, TP = {"pipeline_model_parallel_size": 2}, {"tensor_model_parallel_size": 2}
 LAYOUT = "pipeline_model_parallel_layout"
 VIRTUAL, SCHEDULE = "num_layers_per_virtual_pipeline_stage", "pipeline_schedule"
 FILL = {**PP2, **EXITS, "fill_explicit_bubbles": True}
+TUNE = {**EXITS, "tune_exit": True}
 ROPE = {"position_embedding_type": "rope"}
 ITERS = {"train_iters": 10, "lr": 1e-3}
 SAMPLES = {"train_samples": 1000, "lr": 1e-3}
@@ -154,6 +155,11 @@ CASES = [
         {"calculate_per_token_loss": True},
         "partial microbatches count as others",
     ),
+    ("tuning", {**TUNE, **PP2, "tune_exit_pipeline_parallel_size": 3}, {**TUNE, **PP2}, "3 is more than the model's 2"),
+    ("tuning", {"save_exits_only": True}, {**TUNE, "save_exits_only": True}, "goes with --tune-exit"),
+    ("tuning", {"tune_exit": True}, TUNE, "needs exits (--exit-layer-nums)"),
+    ("tuning", {**TUNE, **PP2, VIRTUAL: 1}, {**TUNE, **PP2}, "one stage a rank"),
+    ("tuning", {**TUNE, **FILL}, {**TUNE, **PP2}, "exclude each other"),
     ("filling", {**FILL, "pipeline_model_parallel_size": 1}, FILL, "--pipeline-model-parallel-size above 1"),
     ("split_backward_is_eager", {SCHEDULE: "zb-h1", "torch_compile": True}, {SCHEDULE: "zb-h1"}, "exclude each other"),
     ("filling", {**FILL, SCHEDULE: "gpipe"}, FILL, "the bubbles of --pipeline-schedule 1f1b"),

@@ -4,7 +4,6 @@ import pytest
 
 from megatron.config.fields import by_name
 from megatron.config.load import load
-from megatron.errors import ConfigError
 
 _BLEND = " ".join(
     f"{weight} data/{name}_text_document"
@@ -93,11 +92,9 @@ def test_tuning_script(name: str) -> None:
     assert config.exits.exit_norm == "own"
     assert config.model.padded_vocab_size == 32000
     extra = ["--tune-exit", "--tune-exit-pipeline-parallel-size", str(stages)]
-    with pytest.raises(ConfigError) as error:
-        load([*argv, *extra, "--pipeline-model-parallel-size", "4"])
-    message = str(error.value)
-    assert "--tune-exit: tuning exits on a frozen backbone is not in this version yet" in message
-    assert (f"--tune-exit-pipeline-parallel-size {stages}: " in message) == (stages > 1)
+    parallel = load([*argv, *extra, "--pipeline-model-parallel-size", "4"]).config.parallel
+    assert parallel.tune_exit
+    assert parallel.pipeline_ranks == stages
 
 
 def test_inference_script() -> None:
