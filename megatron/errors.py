@@ -45,3 +45,7 @@ class RankLostError(EELLMError):
     """Another process of the run died, or didn't answer in time."""
 
     exit_code = 6
+
+
+class ClusterError(EELLMError):
+    """A check of the launched processes found one that computes wrongly, is slow, or failed; the message names it."""

@@ -30,7 +30,7 @@ def dry_run(config: RunConfig) -> None:
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     setup = Setup(config, launched_size() or tp * pp, vocabulary_rows(config, tp), _device(config))
-    found = estimate(setup, getattr(parallel, "exit_placement", None) == "planned")
+    found = estimate(setup)
     build_without_memory(setup, found)
     sys.stdout.write(_text(setup, found))
     sys.stdout.flush()

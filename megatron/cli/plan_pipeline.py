@@ -114,7 +114,7 @@ def draw(base: Setup, best: Estimate, output: Path) -> None:
     setup = replace(base, config=best.config)
     count = min(best.microbatches, DRAWN * len(best.ranks))
     part = f", {count} of {best.microbatches} microbatches" if count < best.microbatches else ""
-    panels = [(describe(best) + part, timeline_of(setup, count, best.planned_heads))]
+    panels = [(describe(best) + part, timeline_of(setup, count))]
     write_picture(panels, output, "s")
 
 

@@ -13,7 +13,7 @@ from megatron.config.load import check_training, load, merge_checkpoint_args
 from megatron.config.run import RunConfig
 from megatron.errors import ConfigError
 from megatron.logs import get_logger, setup_logging
-from megatron.parallel.mesh import launched_rank
+from megatron.parallel.mesh import launched_rank, leads_node
 from megatron.train import checkpoints
 from megatron.train.build import build_trainer, count_parameters
 from megatron.train.loop import train
@@ -36,7 +36,7 @@ def _pretrain(argv: list[str]) -> None:
     try:
         config, found = resolve_config(argv)
     except ConfigError as error:
-        error.everywhere = True  # flags are the same for all
+        error.everywhere = not leads_node()  # flags are the same for all, files need not be
         raise
     if config.logging.dry_run:
         if launched_rank() == 0:

@@ -45,7 +45,11 @@ _ROWS: tuple[tuple[tuple[str, ...], Callable[[RunConfig], bool], str], ...] = (
         lambda c: c.model.use_rope_scaling,
         "without --use-rope-scaling",
     ),
-    (("adam_beta1", "adam_beta2", "adam_eps"), lambda c: c.optimizer.optimizer == "adam", "with --optimizer sgd"),
+    (
+        ("adam_beta1", "adam_beta2", "adam_eps", "adam_implementation"),
+        lambda c: c.optimizer.optimizer == "adam",
+        "with --optimizer sgd",
+    ),
     (("sgd_momentum",), lambda c: c.optimizer.optimizer == "sgd", "without --optimizer sgd"),
     (
         ("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples"),

@@ -23,6 +23,12 @@ class ParallelConfig:
     pipeline_schedule: Literal["1f1b", "gpipe", "interleaved", "zb-h1"] = setting(
         "1f1b", "Order of forwards and backwards. interleaved needs --num-layers-per-virtual-pipeline-stage."
     )
+    exit_placement: Literal["before-backward", "planned"] = setting(
+        "before-backward", "When exit heads run: just before their microbatch's backward, or where their stage waits."
+    )
+    schedule_file: str | None = setting(
+        None, "A step's actions, a line a pipeline rank, instead of a generated schedule.", metavar="FILE"
+    )
     num_layers_per_virtual_pipeline_stage: int | None = setting(
         None, "Layers per stage where each rank has several stages; turns 1f1b into interleaved."
     )
@@ -33,7 +39,7 @@ class ParallelConfig:
         False, "Use idle time of 1f1b for partial microbatches that only train exits (EE-LLM; pp > 1)."
     )
     num_fill_warmup_microbatches: int | None = setting(
-        None, "Partial microbatches in the warm-up of a step. Default: as many as fit by --backward-forward-ratio."
+        None, "Partial microbatches in the warm-up of a step. Default: as many as cost no time, by simulation."
     )
     num_fill_cooldown_microbatches: int | None = setting(
         None, "Partial microbatches in the cool-down of a step. Default: as above."

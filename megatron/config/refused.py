@@ -25,7 +25,7 @@ _LOGGED = "always logged"
 _TIMING = "step time and throughput are always reported"
 _EXPERTS = "mixture-of-experts layers are not supported"
 _STREAMS = "random streams are derived from the seed: there is no state to save or load"
-_ENGINE = "Transformer Engine and fp8 are not supported"
+_ENGINE = "of Transformer Engine its fp8 products alone are used, with scales of their own: see --fp8-format"
 
 ACCEPTED: tuple[Accepted, ...] = (
     Accepted("--use-flash-attn", _ATTENTION),
@@ -92,7 +92,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     ("tuning exits on a frozen backbone is not in this version yet", "--tune-exit"),
     (
         "not in this version yet",
-        "--tie-exit-output-weights --trace",
+        "--tie-exit-output-weights",
     ),
     ("was replaced in Megatron-LM; use --micro-batch-size", "--batch-size"),
     ("was replaced in Megatron-LM; use --lr-warmup-fraction", "--warmup"),
@@ -113,7 +113,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     (_EXPERTS, "--num-experts --expert-parallel"),
     (
         _ENGINE,
-        "--fp8-format --fp8-margin --fp8-interval --fp8-amax-history-len --fp8-amax-compute-algo "
+        "--fp8-margin --fp8-interval --fp8-amax-history-len --fp8-amax-compute-algo "
         "--no-fp8-wgrad --allow-transformer-engine",
     ),
     (
@@ -174,7 +174,6 @@ _ATTRIBUTES: dict[str, str] = {
     "--no-barrier-with-level-1-timing": "barrier_with_L1_time",
     "--no-log-learnig-rate-to-tracker": "log_learning_rate_to_tracker",
     "--no-log-loss-scale-to-tracker": "log_loss_scale_to_tracker",
-    "--fp8-format": "fp8",
     "--no-fp8-wgrad": "fp8_wgrad",
     "--bert-no-binary-head": "bert_binary_head",
 }

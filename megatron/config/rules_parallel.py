@@ -44,6 +44,24 @@ def _several_stages(config: RunConfig) -> bool | None:
 def split_backward_is_eager(config: RunConfig) -> Faults:
     if config.parallel.pipeline_schedule == "zb-h1" and config.training.torch_compile:
         yield "--pipeline-schedule zb-h1 and --torch-compile exclude each other: compiled layers don't split backward"
+    if config.parallel.pipeline_schedule == "zb-h1" and config.precision.fp8:
+        yield "--pipeline-schedule zb-h1 and --fp8-format exclude each other: fp8 layers don't split backward"
+
+
+def schedule_from_a_file(config: RunConfig) -> Faults:
+    parallel = config.parallel
+    if parallel.schedule_file is None:
+        return
+    if parallel.fill_explicit_bubbles or parallel.exit_placement != "before-backward":
+        yield (
+            "--schedule-file says where everything runs: leave out --fill-explicit-bubbles and --exit-placement planned"
+        )
+    if parallel.pipeline_schedule != "1f1b":
+        yield f"--schedule-file and --pipeline-schedule {parallel.pipeline_schedule} exclude each other: give one"
+    if config.training.rampup_batch_size:
+        yield "--schedule-file has one number of microbatches: leave out --rampup-batch-size"
+    if config.training.calculate_per_token_loss:
+        yield "--schedule-file and --calculate-per-token-loss exclude each other: partial microbatches count as others"
 
 
 def filling(config: RunConfig) -> Faults:
@@ -89,6 +107,7 @@ PARALLEL_RULES: tuple[Callable[[RunConfig], Faults], ...] = (
     layers_divide,
     chunks_fit_the_schedule,
     split_backward_is_eager,
+    schedule_from_a_file,
     filling,
     heads_divide,
     vocabulary_divides,

@@ -217,6 +217,8 @@ def one_resume_rule(config: RunConfig) -> Faults:
 def one_precision(config: RunConfig) -> Faults:
     if config.precision.fp16 and config.precision.bf16:
         yield "--fp16 and --bf16 exclude each other: give one of them"
+    if config.precision.fp8 and not config.precision.bf16:
+        yield "--fp8-format multiplies weights of 16 bits: add --bf16"
 
 
 def loss_scale_use(config: RunConfig) -> Faults:

@@ -46,6 +46,9 @@ class LoggingConfig:
     )
     log_interval: int = setting(100, "Iterations between console lines.")
     metrics_file: str | None = setting(None, "Append one JSON object per iteration to this file.", metavar="FILE")
+    trace: str | None = setting(
+        None, "Write what each rank did when in the third step, for chrome://tracing, and a .png of it.", metavar="FILE"
+    )
     tensorboard_dir: str | None = setting(None, "Write TensorBoard curves here.", metavar="DIR")
     tracker_log_interval: int = setting(
         1, "Iterations between points in TensorBoard and wandb.", aliases=("--tensorboard-log-interval",)

@@ -67,6 +67,9 @@ class OptimizerConfig:
     adam_beta1: float = setting(0.9, "Decay of Adam's first moment.")
     adam_beta2: float = setting(0.999, "Decay of Adam's second moment.")
     adam_eps: float = setting(1e-8, "Added to Adam's denominator.")
+    adam_implementation: Literal["torch", "apex"] = setting(
+        "torch", "torch's fused AdamW, or the FusedAdam of NVIDIA's apex (optional)."
+    )
     sgd_momentum: float = setting(0.9, "Momentum of SGD.")
 
 
@@ -110,6 +113,9 @@ class PrecisionConfig:
 
     fp16: bool = setting(False, "fp16 weights and activations, fp32 master weights, loss scaling.")
     bf16: bool = setting(False, "bf16 weights and activations, fp32 master weights.")
+    fp8: Literal["e4m3", "hybrid"] | None = setting(
+        None, "Matrix products of the layers in fp8, by Transformer Engine (optional; bf16).", flag="--fp8-format"
+    )
     loss_scale: float | None = setting(None, "Static loss scale (fp16). Default: dynamic.")
     initial_loss_scale: float = setting(2.0**32, "First dynamic loss scale.")
     min_loss_scale: float = setting(1.0, "Smallest dynamic loss scale.")

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron.exits.loss import LossTerms, Objective, Share
 from megatron.exits.spec import FINAL
@@ -35,12 +36,22 @@ class TokenBatch(Protocol):
 
 @dataclass
 class Activations:
-    """What F leaves for E and B of the same microbatch. received: the hidden state of the stage before, if any."""
+    """What F leaves for E and B of the same microbatch.
 
-    hidden: Tensor
+    hidden: until it is taken. end: where B begins. taps: until E. received: the hidden state of the stage before, if
+    any. What neither hidden nor taps hold any more is kept only as far as a backward pass needs it.
+    """
+
+    hidden: Tensor | None
+    end: GradientEdge | None
     taps: Taps
     context: LayerContext
     received: Tensor | None = None
+
+    def take_hidden(self) -> Tensor:
+        """The stage's output, for the next stage; it isn't kept here."""
+        hidden, self.hidden = self.hidden, None
+        return hidden.detach()
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ class HeadScore:
     agree: Tensor
 
 
-Gradients = list[tuple[Tensor, Tensor]]  # (tap or hidden state, gradient)
+Gradients = list[tuple[GradientEdge, Tensor]]  # where in the graph, and what comes in there
 
 
 class Stage:
@@ -80,7 +91,7 @@ class Stage:
             entering = received.requires_grad_(torch.is_grad_enabled())
         context = model.context(batch.tokens.shape[1], entering, batch.document_ids, stream)
         hidden, taps = model(entering, context, self.spec)
-        return Activations(hidden, taps, context, received)
+        return Activations(hidden, _edge(hidden), taps, context, received)
 
     def empty_message(self, batch: TokenBatch) -> Tensor:
         """Room for a hidden state, or its gradient, as it crosses a border: [s, b, h], under sequence parallelism this
@@ -96,10 +107,10 @@ class Stage:
         """E: every head's loss, its gradients in the head's parameters, and (tap, gradient) pairs for B."""
         terms, gradients, tp = LossTerms(), [], self.model.tp
         labels = batch.labels.t().flatten()
-        precise = torch.promote_types(torch.float32, activations.hidden.dtype)
+        precise = torch.promote_types(torch.float32, next(self.model.parameters()).dtype)
         token_weights = objective.token_weights(batch.loss_mask.to(precise)).t().flatten()
         for label in self.spec.heads:
-            taps = activations.taps[label]
+            taps = activations.taps.pop(label)
             leaves = tuple(tap.detach().requires_grad_(tap.requires_grad) for tap in taps)
             with torch.enable_grad():
                 features = self.model.features(label, leaves, activations.context)
@@ -122,17 +133,17 @@ class Stage:
             terms.loss[label] = head.loss
             if head.confidence is not None:
                 terms.confidence[label] = head.confidence
-            gradients += [(tap, leaf.grad) for tap, leaf in zip(taps, leaves, strict=True) if tap.requires_grad]
+            gradients += [(_edge(tap), leaf.grad) for tap, leaf in zip(taps, leaves, strict=True) if tap.requires_grad]
         return terms, gradients
 
     def backward(self, activations: Activations, gradients: Gradients, received: Tensor | None = None) -> Tensor | None:
         """B: one backward pass through the stage's layers and embedding, from the heads' gradients and the one that
         the next stage sent. Returns the gradient for the stage before; None on the first."""
         if received is not None:
-            gradients = [*gradients, (activations.hidden, received)]
+            gradients = [*gradients, (activations.end, received)]
         if gradients:
-            tensors, grads = zip(*gradients, strict=True)
-            torch.autograd.backward(tensors, grads)
+            edges, grads = zip(*gradients, strict=True)
+            torch.autograd.backward(edges, grads)
         return None if activations.received is None else activations.received.grad
 
     def backward_input(
@@ -143,12 +154,6 @@ class Stage:
         with self.later.deferring() as waiting:
             made = self.backward(activations, gradients, received)
         return made, waiting
-
-    @torch.no_grad()
-    def evaluate(self, batch: TokenBatch) -> dict[str, HeadScore]:
-        """Plain cross-entropy, next-token hits and agreement with the final head, per head, without dropout."""
-        heads = self.score(self.forward(batch, None), batch)
-        return head_scores(heads, heads[FINAL].argmax, batch)
 
     @torch.no_grad()
     def score(self, activations: Activations, batch: TokenBatch) -> dict[str, HeadLoss]:
@@ -168,6 +173,11 @@ class Stage:
                 shard=vocab_shard(weight, self.model.tp),
             )
         return heads
+
+
+def _edge(tensor: Tensor) -> GradientEdge | None:
+    """Where a gradient enters the graph of a tensor, without the tensor; None where none is wanted."""
+    return get_gradient_edge(tensor) if tensor.requires_grad else None
 
 
 def head_scores(heads: dict[str, HeadLoss], final: Tensor, batch: TokenBatch) -> dict[str, HeadScore]:

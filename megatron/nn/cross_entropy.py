@@ -96,6 +96,7 @@ def linear_cross_entropy(  # noqa: PLR0913 - one head's loss is described by all
             torch.mm(slope, weight, out=result.grad_hidden[part])
             if grad_weight is not None:
                 product = _accumulate(grad_weight, slope, hidden[part], product)
+        logits = exponentials = slope = None  # or this chunk would be alive while the next is made
     return result
 
 

@@ -2,7 +2,8 @@
 
 With tensor parallelism a column-parallel layer holds some rows of its matrix and opens a region, a row-parallel one
 holds some columns and closes it (`parallel.tensor`). Under zero-bubble schedules the gradients of matrices wait in
-`WeightGradients` until their turn (arXiv 2401.10241).
+`WeightGradients` until their turn (arXiv 2401.10241). `product` stands for x W^T where another kernel makes it
+(`nn.fp8`).
 """
 
 from collections.abc import Callable, Iterator
@@ -50,13 +51,16 @@ class ColumnParallelLinear(nn.Module):
 
     def __init__(self, width: int, rows: int, bias: bool, tp: TensorParallel = ALONE) -> None:
         super().__init__()
-        self.tp, self.later = tp, None
+        self.tp, self.later, self.product = tp, None, None
         self.weight = nn.Parameter(torch.empty(tp.share(rows), width))
         self.bias = nn.Parameter(torch.empty(tp.share(rows))) if bias else None
         self.split = {"weight": Split(0), "bias": Split(0)}
 
     def forward(self, x: Tensor) -> Tensor:
         """x [s, b, width] (with sequence parallelism this rank's positions) -> [s, b, rows / tp]."""
+        if self.product is not None:
+            y = self.product(self.tp.enter(x))
+            return y if self.bias is None else y + self.bias
         if self.tp.size == 1 and self.later is None:
             return F.linear(x, self.weight, self.bias)
         return _Linear.apply(x, self.weight, self.bias, self.tp, self.later)
@@ -67,16 +71,18 @@ class RowParallelLinear(nn.Module):
 
     def __init__(self, width: int, rows: int, bias: bool, tp: TensorParallel = ALONE) -> None:
         super().__init__()
-        self.tp, self.later = tp, None
+        self.tp, self.later, self.product = tp, None, None
         self.weight = nn.Parameter(torch.empty(rows, tp.share(width)))
         self.bias = nn.Parameter(torch.empty(rows)) if bias else None
         self.split = {"weight": Split(1), "bias": Split(partial=tp.sequence)}
 
     def forward(self, x: Tensor) -> Tensor:
         """x [s, b, width / tp] -> [s, b, rows] (with sequence parallelism this rank's positions)."""
-        if self.tp.size == 1 and self.later is None:
+        if self.tp.size == 1 and self.later is None and self.product is None:
             return F.linear(x, self.weight, self.bias)
-        if self.later is None:
+        if self.product is not None:
+            y = self.product(x)
+        elif self.later is None:
             y = F.linear(x, self.weight)
         else:
             y = _Linear.apply(x, self.weight, None, ALONE, self.later)

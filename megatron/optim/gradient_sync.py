@@ -1,21 +1,27 @@
 """Makes each rank's accumulated gradients those of the whole step, and counts every parameter once in their norm.
 
-In this order: sums over tp of what each rank saw but a part of the uses of; sums over data-parallel ranks (the mean is
-taken where losses are weighed); sums over the stages that hold copies of one parameter.
+Sums over data-parallel ranks (the mean is taken where losses are weighed) begin as soon as a bucket's gradients are
+whole: while the last backward pass of a stage goes on (`watch`), and after the action that the schedule names
+(`reduce`). `finish` does what is left: parameters of which each tp rank saw but a part of the uses are summed over tp
+first, copies on several stages over these last, so that all copies' gradients are the same to the bit.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron.optim.buckets import BUCKET, Bucket, Segments, flatten, make_buckets, own_rows, unflatten
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.tensor import all_gather, reduce_scatter
 
-_BUCKET = 1 << 23  # elements that are sent together
+_MOST_FLYING = 2  # messages under way at a time: what they hold beside the gradients is bounded
+
+Home = tuple[int, bool]  # the stage whose actions make a gradient, and whether its heads alone do
 
 
 @dataclass(frozen=True)
@@ -24,12 +30,14 @@ class Shared:
 
     partial: whole on each tp rank, gradients to be summed over tp. cut: of which each tp rank holds a part. copies:
     (group, names) of parameters that other pipeline stages hold, too; foreign: those of them that another stage owns.
+    home: of the parameters that one stage alone uses.
     """
 
     partial: frozenset[str] = frozenset()
     cut: frozenset[str] = frozenset()
     copies: Sequence[tuple[dist.ProcessGroup, tuple[str, ...]]] = ()
     foreign: frozenset[str] = frozenset()
+    home: Mapping[str, Home] = field(default_factory=dict)
 
     def counted(self, parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> dict[str, nn.Parameter]:
         """Those that this rank counts, so that all ranks of a data-parallel one count each parameter once."""
@@ -41,18 +49,11 @@ class Shared:
         }
 
 
-def own_rows(parameter: Tensor, mesh: Mesh, rank: int | None = None) -> slice:
-    """The rows of a parameter that a data-parallel rank (default: this one) updates, of a sharded optimizer."""
-    rows, size = parameter.shape[0], mesh.size("dp")
-    rank = mesh.rank("dp") if rank is None else rank
-    return slice(rows * rank // size, rows * (rank + 1) // size)
-
-
 class GradientSync:
     """Sums of gradients over the ranks of a mesh; does nothing where there is one.
 
     sharded: each data-parallel rank gets the sums of its rows alone (ZeRO-1, arXiv 1910.02054), and hands out the
-    parameters' rows after it has updated them.
+    parameters' rows after it has updated them. Parameters must have their `main_grad` when buckets are made.
     """
 
     def __init__(
@@ -61,6 +62,34 @@ class GradientSync:
         self._mesh, self._parameters, self._shared = mesh, parameters, shared
         self._counted = shared.counted(parameters, mesh)
         self.sharded = sharded and mesh.size("dp") > 1
+        self._buckets: dict[Home, tuple[Bucket, ...]] = {}
+        self._late: tuple[Bucket, ...] = ()
+        self._begun: dict[Home, int] = {}
+        self._flying: deque[tuple[dist.Work, Callable[[], None]]] = deque()
+        self._watched: int | None = None
+        self._missing: set[str] = set()
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether there are sums to begin before the last action."""
+        return self._mesh.size("dp") > 1
+
+    def make_buckets(self, most: int = BUCKET) -> None:
+        """Decide which gradients travel together, at most so many elements; those made first go first."""
+        homes: dict[Home | None, list[str]] = {}
+        for name in reversed(list(self._parameters)):
+            home = None if name in self._shared.partial else self._shared.home.get(name)
+            homes.setdefault(home, []).append(name)
+        made = {home: make_buckets(self._parameters, names, self.sharded, most) for home, names in homes.items()}
+        self._late = made.pop(None, ())
+        self._buckets = made
+        self._begun = dict.fromkeys(made, 0)
+
+    def count_buckets(self, heads_only: bool) -> dict[int, int]:
+        """Buckets of each stage's layers, or of its heads, to be reduced by the schedule; numbered heads last."""
+        if not self.overlaps:
+            return {}
+        return {stage: len(buckets) for (stage, heads), buckets in self._buckets.items() if heads is heads_only}
 
     def own(self, tensor: Tensor) -> Tensor:
         """The rows of a parameter, or of its gradient, that this rank updates: all where nothing is sharded."""
@@ -70,28 +99,57 @@ class GradientSync:
         """Where `own` begins."""
         return own_rows(parameter, self._mesh).start if self.sharded else 0
 
-    def reduce(self) -> None:
-        """Sum all gradients, in place. Every rank must call this."""
+    def watch(self, stage: int) -> None:
+        """The stage's last backward pass begins: its buckets may go as soon as `made` has named all of one."""
+        self._watched = stage
+        self._missing = {name for bucket in self._buckets.get((stage, False), ()) for name in bucket.names}
+
+    def made(self, name: str) -> None:
+        """A backward pass has added to the gradient of a parameter."""
+        if name not in self._missing:
+            return
+        self._missing.discard(name)
+        home = (self._watched, False)
+        buckets = self._buckets[home]
+        while self._begun[home] < len(buckets) and self._missing.isdisjoint(buckets[self._begun[home]].names):
+            self._begin_next(home)
+
+    def reduce(self, stage: int, number: int) -> None:
+        """R: begin to sum a bucket of a stage, and those before it, unless they are under way."""
+        layers = len(self._buckets.get((stage, False), ()))
+        home, place = ((stage, False), number) if number < layers else ((stage, True), number - layers)
+        while self._begun[home] <= place:
+            self._begin_next(home)
+
+    def finish(self) -> None:
+        """Sum what isn't yet, and wait for all; gradients are whole afterwards. Every rank must call this."""
         shared, names = self._shared, self._parameters.keys()
         _sum(self._grads(name for name in names if name in shared.partial), self._mesh.group("tp"))
-        if self.sharded:
-            self._reduce_rows()
-        else:
-            _sum(self._grads(names), self._mesh.group("dp"))
-        for group, copied in shared.copies:  # last: then the copies' gradients are the same to the bit
-            _sum([self.own(grad) for grad in self._grads(name for name in copied if name in names)], group)
+        if self.overlaps:
+            for home, buckets in self._buckets.items():
+                while self._begun[home] < len(buckets):
+                    self._begin_next(home)
+            for bucket in self._late:
+                self._begin(bucket)
+            self._land(0)
+        self._begun = dict.fromkeys(self._begun, 0)
+        self._watched, self._missing = None, set()
+        for group, copied in shared.copies:
+            for grad in self._grads(name for name in copied if name in names):
+                _sum([self.own(grad)], group)
 
     def hand_out(self) -> None:
         """Give every data-parallel rank the rows that the others have updated. Every rank must call this."""
         if not self.sharded:
             return
-        for bucket in _alike([p.detach() for p in self._parameters.values()]):
-            segments = self._segments(bucket)
-            mine = segments[self._mesh.rank("dp")]
-            whole = mine.new_empty(len(segments) * mine.numel())
-            all_gather(whole, mine, group=self._mesh.group("dp"))
-            for rank, segment in enumerate(whole.chunk(len(segments))):
-                self._scatter(segment, bucket, rank)
+        for bucket in (*(bucket for buckets in self._buckets.values() for bucket in buckets), *self._late):
+            segments = Segments(bucket, [self._parameters[name].detach() for name in bucket.names], self._mesh)
+            mine = segments.gather(self._mesh.rank("dp"))
+            whole = mine.new_empty(self._mesh.size("dp") * segments.length)
+            work = all_gather(whole, mine, group=self._mesh.group("dp"), async_op=True)
+            self._flying.append((work, lambda segments=segments, whole=whole: self._spread(segments, whole)))
+            self._land(_MOST_FLYING)
+        self._land(0)
 
     def total_norm(self) -> float:
         """L2 norm of the gradients of the whole model, each parameter counted once. Every rank must call this."""
@@ -123,52 +181,39 @@ class GradientSync:
     def _grads(self, names: Iterable[str]) -> list[Tensor]:
         return [self._parameters[name].main_grad for name in names]
 
-    def _reduce_rows(self) -> None:
-        rank = self._mesh.rank("dp")
-        for bucket in _alike(self._grads(self._parameters)):
-            segments = self._segments(bucket)
-            mine = torch.empty_like(segments[rank])
-            reduce_scatter(mine, torch.cat(segments), group=self._mesh.group("dp"))
-            self._scatter(mine, bucket, rank)
+    def _begin_next(self, home: Home) -> None:
+        self._begin(self._buckets[home][self._begun[home]])
+        self._begun[home] += 1
 
-    def _segments(self, bucket: list[Tensor]) -> list[Tensor]:
-        """For each data-parallel rank its rows of all tensors of a bucket, in one; padded to the longest."""
-        rows = [
-            torch.cat([tensor[own_rows(tensor, self._mesh, rank)].flatten() for tensor in bucket])
-            for rank in range(self._mesh.size("dp"))
-        ]
-        longest = max(segment.numel() for segment in rows)
-        missing = [longest - segment.numel() for segment in rows]
-        return [torch.nn.functional.pad(s, (0, lack)) if lack else s for s, lack in zip(rows, missing, strict=True)]
+    def _begin(self, bucket: Bucket) -> None:
+        """Send a bucket's gradients on their way."""
+        grads, group = self._grads(bucket.names), self._mesh.group("dp")
+        if self.sharded:
+            segments, rank = Segments(bucket, grads, self._mesh), self._mesh.rank("dp")
+            mine = grads[0].new_empty(segments.length)
+            work = reduce_scatter(mine, segments.gather_all(), group=group, async_op=True)
+            self._flying.append((work, lambda: segments.scatter(mine, rank)))
+        else:
+            flat = flatten(grads)
+            work = dist.all_reduce(flat, group=group, async_op=True)
+            self._flying.append((work, lambda: unflatten(flat, grads)))
+        self._land(_MOST_FLYING)
 
-    def _scatter(self, segment: Tensor, bucket: list[Tensor], rank: int) -> None:
-        """Inverse of `_segments` for one rank's."""
-        targets = [tensor[own_rows(tensor, self._mesh, rank)] for tensor in bucket]
-        parts = segment[: sum(target.numel() for target in targets)].split([target.numel() for target in targets])
-        for target, part in zip(targets, parts, strict=True):
-            target.copy_(part.view_as(target))
+    def _land(self, most: int) -> None:
+        """Wait, oldest first, until at most so many messages are under way."""
+        while len(self._flying) > most:
+            work, then = self._flying.popleft()
+            work.wait()
+            then()
+
+    def _spread(self, segments: Segments, whole: Tensor) -> None:
+        for rank, piece in enumerate(whole.chunk(self._mesh.size("dp"))):
+            segments.scatter(piece, rank)
 
 
-def _sum(tensors: list[Tensor], group: dist.ProcessGroup | None) -> None:
-    """Sum over a group in place, many small tensors in one message."""
-    if group is None:
-        return
-    for bucket in _alike(tensors):
-        flat = torch.cat([tensor.flatten() for tensor in bucket])
+def _sum(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Sum over a group in place, in one message."""
+    if group is not None and tensors:
+        flat = flatten(tensors)
         dist.all_reduce(flat, group=group)
-        parts = flat.split([tensor.numel() for tensor in bucket])
-        torch._foreach_copy_(bucket, [part.view_as(one) for part, one in zip(parts, bucket, strict=True)])
-
-
-def _alike(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Buckets of tensors of one type, each as large as is sent at once."""
-    found: list[list[Tensor]] = []
-    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
-        size = _BUCKET
-        for tensor in (tensor for tensor in tensors if tensor.dtype == dtype):
-            if size + tensor.numel() > _BUCKET:
-                found.append([])
-                size = 0
-            found[-1].append(tensor)
-            size += tensor.numel()
-    return found
+        unflatten(flat, tensors)

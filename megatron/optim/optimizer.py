@@ -5,14 +5,16 @@ through a hook (or directly, where the dtypes agree), vocabulary heads in `nn.cr
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from megatron.config.training import OptimizerConfig
 from megatron.optim.gradient_sync import GradientSync, Shared
+from megatron.optim.updates import applied_steps, build_update, set_applied_steps
 from megatron.parallel.mesh import ONE_RANK, Mesh
 
 
@@ -46,7 +48,9 @@ class TrainingOptimizer:
         self.sync = GradientSync(mesh or ONE_RANK, self.parameters, shared or Shared(), sharded)
         self.clip_grad = config.clip_grad
         self.masters = {name: _master(p, self.sync) for name, p in self.parameters.items()}
-        self._hooks = [_attach_gradient_buffer(p) for p in self.parameters.values()]
+        for name, p in self.parameters.items():
+            _attach_gradient_buffer(p, partial(self.sync.made, name) if self.sync.overlaps else None)
+        self.sync.make_buckets()
         for name, p in self.parameters.items():
             self.masters[name].grad = self.sync.own(p.main_grad)
         groups = [
@@ -56,9 +60,7 @@ class TrainingOptimizer:
             }
             for decayed in (True, False)
         ]
-        self.inner = _build(config, [group for group in groups if group["params"]])
-        for master in self.masters.values():
-            _create_state(self.inner, master)
+        self.inner = build_update(config, [group for group in groups if group["params"]])
 
     def zero_grad(self) -> None:
         """Clear all gradient buffers in place."""
@@ -67,12 +69,11 @@ class TrainingOptimizer:
     def step(
         self, lr: float, weight_decay: float, loss_scale: float, check_finite: bool, limit: float | None = None
     ) -> StepResult:
-        """Unscale, measure, clip and apply the accumulated gradients.
+        """Unscale, measure, clip and apply the accumulated gradients, which `sync.finish` has made whole.
 
         A gradient norm that is not finite (with `check_finite`) or above `limit` leaves parameters and moments
         untouched.
         """
-        self.sync.reduce()
         norm = self.sync.total_norm() / loss_scale
         if (check_finite and not math.isfinite(norm)) or (limit is not None and norm > limit):
             return StepResult(False, norm)
@@ -134,14 +135,11 @@ class TrainingOptimizer:
     @property
     def steps(self) -> int:
         """Updates applied so far, as Adam counts them."""
-        states = (state.get("step") for state in self.inner.state.values())
-        return int(next((step for step in states if step is not None), 0))
+        return applied_steps(self.inner)
 
     @steps.setter
     def steps(self, value: int) -> None:
-        for state in self.inner.state.values():
-            if "step" in state:
-                state["step"].fill_(value)
+        set_applied_steps(self.inner, value)
 
     def reset_masters(self) -> None:
         """Take masters anew from the parameters, after weights were loaded without optimizer state."""
@@ -158,35 +156,20 @@ def _master(parameter: nn.Parameter, sync: GradientSync) -> nn.Parameter:
     return nn.Parameter(sync.own(parameter.detach())) if sync.sharded else parameter
 
 
-def _attach_gradient_buffer(parameter: nn.Parameter) -> object | None:
-    """Give the parameter its `main_grad`; returns the hook that fills it, if one is needed."""
+def _attach_gradient_buffer(parameter: nn.Parameter, made: Callable[[], None] | None) -> None:
+    """Give the parameter its `main_grad`, which backward passes add to; each then calls `made`."""
     precise = torch.promote_types(torch.float32, parameter.dtype)
     parameter.main_grad = torch.zeros_like(parameter, dtype=precise)
-    if precise == parameter.dtype:
-        parameter.grad = parameter.main_grad  # autograd then adds in place
-        return None
+    adds_in_place = precise == parameter.dtype
+    if adds_in_place:
+        parameter.grad = parameter.main_grad
 
-    def add(p: nn.Parameter) -> None:
-        p.main_grad.add_(p.grad)
-        p.grad = None
+    def added(p: nn.Parameter) -> None:
+        if not adds_in_place and p.grad is not None:  # a split backward pass adds the matrices' later
+            p.main_grad.add_(p.grad)
+            p.grad = None
+        if made is not None:
+            made()
 
-    return parameter.register_post_accumulate_grad_hook(add)
-
-
-def _build(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=config.sgd_momentum, fused=True)
-    betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.adam_eps, fused=True)
-
-
-def _create_state(inner: torch.optim.Optimizer, master: nn.Parameter) -> None:
-    """Make the state that the first step would make, so that checkpoints have one shape from the start."""
-    if isinstance(inner, torch.optim.SGD):
-        inner.state[master] = {"momentum_buffer": torch.zeros_like(master)}
-    else:
-        inner.state[master] = {
-            "step": torch.zeros((), dtype=torch.float32, device=master.device),
-            "exp_avg": torch.zeros_like(master),
-            "exp_avg_sq": torch.zeros_like(master),
-        }
+    if made is not None or not adds_in_place:
+        parameter.register_post_accumulate_grad_hook(added)

@@ -5,6 +5,7 @@ process groups; everyone else is handed a `Mesh` and asks it.
 """
 
 import os
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from megatron.config.parallel import ParallelConfig
 from megatron.errors import ConfigError, RankLostError
 from megatron.parallel.backend import Backend
+from megatron.parallel.presence import Presence
 from megatron.parallel.rendezvous import meet
 
 AXES = ("pp", "dp", "tp")  # slowest first
@@ -28,7 +30,8 @@ T = TypeVar("T")
 class Mesh:
     """Sizes and this rank's coordinates along the axes pp, dp, tp, and the backend they run on.
 
-    A mesh of one rank has no process groups: `group` is None, and nobody communicates.
+    A mesh of one rank has no process groups: `group` is None, and nobody communicates. presence: who of the processes
+    that torchrun started is still there. made: all groups that it made and this rank is in.
     """
 
     backend: Backend
@@ -36,6 +39,8 @@ class Mesh:
     ranks: tuple[int, int, int] = (0, 0, 0)
     groups: Mapping[str, dist.ProcessGroup] = field(default_factory=dict, compare=False, repr=False)
     timeout: timedelta | None = None
+    presence: Presence | None = field(default=None, compare=False, repr=False)
+    made: list[dist.ProcessGroup] = field(default_factory=list, compare=False, repr=False)
 
     @staticmethod
     def build(config: ParallelConfig, backend: Backend) -> "Mesh":
@@ -47,9 +52,9 @@ class Mesh:
         sizes = mesh_sizes(config, world)
         if world == 1:
             return Mesh(backend)
-        if not dist.is_initialized():
-            _join(config, backend)
-        mesh = Mesh(backend, sizes, _place(dist.get_rank(), sizes), timeout=_timeout(config))
+        presence = None if dist.is_initialized() else _join(config, backend)
+        place = _place(dist.get_rank(), sizes)
+        mesh = Mesh(backend, sizes, place, timeout=_timeout(config), presence=presence)
         groups = {axis: mesh.subgroup(axis, range(mesh.size(axis))) for axis in AXES if mesh.size(axis) > 1}
         return replace(mesh, groups=groups)
 
@@ -87,28 +92,34 @@ class Mesh:
         Every rank of the mesh must call this, in the same order.
         """
         mine = None
-        for members in _lines(self.sizes, axis):
-            chosen = [members[coordinate] for coordinate in coordinates]
-            group = dist.new_group(chosen, timeout=self.timeout) if len(chosen) > 1 else None
-            if self.world_rank in chosen:
-                mine = group
+        with self._meeting():
+            for members in _lines(self.sizes, axis):
+                chosen = [members[coordinate] for coordinate in coordinates]
+                group = dist.new_group(chosen, timeout=self.timeout) if len(chosen) > 1 else None
+                if self.world_rank in chosen:
+                    mine = group
+        self.made.extend([] if mine is None else [mine])
         return mine
 
     def everyone(self) -> dist.ProcessGroup | None:
         """A new gloo group of all ranks, for what must not meet the run's own messages; None for one rank alone."""
-        return dist.new_group(backend="gloo", timeout=self.timeout) if self.world_size > 1 else None
-
-    def largest(self, value: int) -> int:
-        """The largest of all ranks' values."""
         if self.world_size == 1:
-            return value
-        found = torch.tensor(value, device=self.backend.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return int(found)
+            return None
+        with self._meeting():
+            self.made.append(dist.new_group(backend="gloo", timeout=self.timeout))
+        return self.made[-1]
 
-    def place(self) -> str:
-        """This process's coordinates in words, for messages."""
-        return _words(self.ranks)
+    def largest(self, *values: int) -> list[int]:
+        """Of each of the values the largest that a rank has; one message for all of them."""
+        if self.world_size == 1:
+            return list(values)
+        found = torch.tensor(values, dtype=torch.int64, device=self.backend.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return found.tolist()
+
+    def place(self, rank: int | None = None) -> str:
+        """Coordinates of a rank, this process's unless one is given, in words, for messages."""
+        return _words(self.ranks if rank is None else _place(rank, self.sizes))
 
     def describe(self) -> str:
         """The sizes in words, for messages."""
@@ -141,7 +152,7 @@ class Mesh:
 
     @contextmanager
     def noticing_loss(self) -> Iterator[None]:
-        """Raise RankLostError where a rank within the block waits in vain for another."""
+        """Raise RankLostError, which says who is gone, where a rank within the block waits in vain for another."""
         try:
             yield
         except RuntimeError as error:
@@ -149,13 +160,50 @@ class Mesh:
             if self.world_size == 1 or not (isinstance(error, dist.DistError) or "gloo" in text.lower()):
                 raise
             reason = text.strip().splitlines()[0][:300]
-            raise RankLostError(
-                f"rank {self.world_rank} ({self.place()}) lost contact with another one, which died or took longer "
-                f"than --distributed-timeout-minutes; its own messages say why ({reason})"
-            ) from error
+            raise RankLostError(f"{self._who_is_lost()} (in {_waiting_in(error)}: {reason})") from error
+
+    def _who_is_lost(self) -> str:
+        """Whom this rank waits for in vain, in words."""
+        me = f"rank {self.world_rank} ({self.place()})"
+        try:
+            lost = self.presence.lost() if self.presence else None
+        except RuntimeError:  # the store that they shared has gone, too
+            lost = None
+        if lost == []:
+            return (
+                f"{me} waited for another one for longer than --distributed-timeout-minutes, though all are alive: "
+                "raise it if a step, a save or an evaluation may take that long"
+            )
+        named = [f"rank {rank} ({self.place(rank)}{self._direction(rank)})" for rank in lost or ()]
+        whom = ", ".join(named) or "another one"
+        return (
+            f"{me} lost contact with {whom}, which died, was stopped or can't be reached any more; "
+            "messages of its own, if any, say why"
+        )
+
+    def _direction(self, rank: int) -> str:
+        """The axis along which a rank is this one's peer, in words; nothing where it is none."""
+        differing = [a for a, mine, other in zip(AXES, self.ranks, _place(rank, self.sizes), strict=True)
+                     if mine != other]  # fmt: skip
+        return f", its peer along {differing[0]}" if len(differing) == 1 else ""
+
+    @contextmanager
+    def _meeting(self) -> Iterator[None]:
+        """Make groups within the block once all ranks are here: inside torch nobody hears of one that is gone."""
+        if self.presence is not None:
+            self.presence.meet()
+        with self.noticing_loss():
+            yield
+
+    def release(self) -> None:
+        """Give back the groups that this mesh has made, but stay joined: another mesh may follow."""
+        while self.made:
+            dist.destroy_process_group(self.made.pop())
 
     def close(self) -> None:
         """Leave the process groups; the mesh is of no use afterwards."""
+        if self.presence is not None:
+            self.presence.leave()
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -166,6 +214,11 @@ ONE_RANK = Mesh(Backend(torch.device("cpu"), "gloo"))
 def launched_rank() -> int:
     """This process's number among those that torchrun launched; 0 without it."""
     return int(os.environ.get("RANK", "0"))
+
+
+def leads_node() -> bool:
+    """Whether this process is the first of those that torchrun launched on this node; True without it."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def launched_size() -> int | None:
@@ -186,6 +239,13 @@ def mesh_sizes(config: ParallelConfig, world: int) -> tuple[int, int, int]:
     return pp, world // (tp * pp), tp
 
 
+def _waiting_in(error: Exception) -> str:
+    """The innermost function of this package that an error passed."""
+    package = os.path.dirname(os.path.dirname(__file__))
+    calls = [call for call in traceback.extract_tb(error.__traceback__) if call.filename.startswith(package)]
+    return f"{calls[-1].name} of {os.path.relpath(calls[-1].filename, package)}"
+
+
 def _timeout(config: ParallelConfig) -> timedelta:
     return timedelta(minutes=config.distributed_timeout_minutes)
 
@@ -195,7 +255,7 @@ def _place(rank: int, sizes: Sequence[int]) -> tuple[int, int, int]:
     return rank // (dp * tp), rank // tp % dp, rank % tp
 
 
-def _join(config: ParallelConfig, backend: Backend) -> None:
+def _join(config: ParallelConfig, backend: Backend) -> Presence:
     timeout = _timeout(config)
     kinds = f"cpu:gloo,cuda:{backend.process_group}" if backend.is_cuda else backend.process_group
     device = backend.device if backend.is_cuda else None
@@ -205,7 +265,9 @@ def _join(config: ParallelConfig, backend: Backend) -> None:
         raise ConfigError(f"WORLD_SIZE asks for several processes, but {error}: start them with torchrun") from error
     except TimeoutError as error:
         raise RankLostError(f"the processes of this run did not meet: {error}") from error
+    presence = Presence(store, rank, size, timeout)
     dist.init_process_group(kinds, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device)
+    return presence
 
 
 def _lines(sizes: Sequence[int], axis: str) -> list[list[int]]:

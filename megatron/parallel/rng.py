@@ -1,8 +1,8 @@
 """Random streams derived from what they are for, so that there is no random state to carry or to save.
 
 A stream is named by (seed, purpose, step, microbatch, layer, ...): a recomputed forward, a resumed run and any number
-of pipeline stages draw the same numbers; data- and tensor-parallel ranks draw their own. torch's dropout takes no
-generator, so the global one is reseeded before each use.
+of pipeline stages or data-parallel ranks draw the same numbers; tensor-parallel ranks draw their own. torch's dropout
+takes no generator, so the global one is reseeded before each use.
 """
 
 import hashlib
@@ -22,10 +22,13 @@ def generator(seed: int, *keys: int | str) -> torch.Generator:
 
 
 class DropoutStream:
-    """The dropout streams of one microbatch: `enter(layer)` starts the stream of a layer, block or head."""
+    """The dropout streams of one microbatch: `enter(layer)` starts the stream of a layer, block or head.
 
-    def __init__(self, seed: int, step: int, microbatch: int, dp_rank: int = 0, tp_rank: int = 0) -> None:
-        self._keys = (seed, "dropout", step, microbatch, dp_rank)
+    microbatch: its number among those of all data-parallel ranks, so that any number of these draws the same.
+    """
+
+    def __init__(self, seed: int, step: int, microbatch: int, tp_rank: int = 0) -> None:
+        self._keys = (seed, "dropout", step, microbatch)
         self._tp_rank = tp_rank
 
     def enter(self, place: int | str, sharded: bool = False) -> None:

@@ -40,6 +40,10 @@ class TensorParallel:
         assert whole % self.size == 0, f"{whole} does not divide by tp={self.size}"
         return whole // self.size
 
+    def enter(self, x: Tensor) -> Tensor:
+        """Into a region: whole hidden states; the gradient is the sum over the ranks."""
+        return x if self.size == 1 else _Enter.apply(x, self)
+
     def leave(self, x: Tensor) -> Tensor:
         """Out of a region: the sum over the ranks, with sequence parallelism this rank's part of it."""
         return x if self.size == 1 else _Leave.apply(x, self)
@@ -100,6 +104,18 @@ def splits(model: nn.Module) -> dict[str, Split]:
         for prefix, module in model.named_modules()
         for name, _ in module.named_parameters(recurse=False)
     }
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return tp.gather(x) if tp.sequence else x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.tp.reduce(grad if ctx.tp.sequence else grad.clone()), None
 
 
 class _Leave(torch.autograd.Function):

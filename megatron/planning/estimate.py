@@ -6,7 +6,6 @@ Long steps are simulated with fewer microbatches: once the pipeline is full, p m
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron.config.parallel import ParallelConfig
 from megatron.config.run import RunConfig
 from megatron.errors import ConfigError
 from megatron.model.partition import StageSpec, replicas, stages_of
@@ -15,10 +14,8 @@ from megatron.planning.costs import stage_costs
 from megatron.planning.device import Device
 from megatron.planning.memory import GRADIENT, State, messages, training_state, with_memory
 from megatron.planning.parameters import Parameters, rank_parameters
-from megatron.schedule.actions import Pipeline, Schedule
-from megatron.schedule.fill import fill_bubbles, most_fillers
-from megatron.schedule.generate import GENERATORS
-from megatron.schedule.place import place_heads
+from megatron.planning.schedules import make_schedule
+from megatron.schedule.actions import Pipeline
 from megatron.schedule.simulate import Costs, Timeline, simulate
 
 LONG = 12_000  # actions; longer steps are simulated in part
@@ -48,7 +45,6 @@ class Estimate:
     """A step. Times in seconds. timeline: of the pass, of fewer microbatches where it is long (`shown` of them)."""
 
     config: RunConfig
-    planned_heads: bool
     dp: int
     microbatches: int
     ranks: tuple[RankEstimate, ...]
@@ -143,8 +139,8 @@ class Setup:
         return with_memory(costs, sizes, config.exits, stages, config.training)
 
 
-def estimate(setup: Setup, planned_heads: bool = False) -> Estimate:
-    """Predict a step. planned_heads: exit heads run where their rank would wait, instead of before each backward.
+def estimate(setup: Setup) -> Estimate:
+    """Predict a step.
 
     Raises ConfigError or ScheduleError for what can't be run.
     """
@@ -153,7 +149,7 @@ def estimate(setup: Setup, planned_heads: bool = False) -> Estimate:
     costs, count = setup.costs(stages), setup.microbatches
 
     def run(microbatches: int) -> Timeline:
-        return timeline_of(setup, microbatches, planned_heads)
+        return timeline_of(setup, microbatches)
 
     makespan, peaks, timeline, shown = _extrapolated(run, count, p, 3 * len(stages))
     busy = [count * sum(_work(cost) for cost in costs[rank::p]) for rank in range(p)]
@@ -177,7 +173,6 @@ def estimate(setup: Setup, planned_heads: bool = False) -> Estimate:
         )
     return Estimate(
         config=config,
-        planned_heads=planned_heads,
         dp=setup.dp,
         microbatches=count,
         ranks=tuple(ranks),
@@ -189,27 +184,13 @@ def estimate(setup: Setup, planned_heads: bool = False) -> Estimate:
     )
 
 
-def timeline_of(setup: Setup, microbatches: int, planned_heads: bool = False) -> Timeline:
+def timeline_of(setup: Setup, microbatches: int) -> Timeline:
     """The pass over so many of the step's microbatches, simulated."""
     config, p = setup.config, setup.config.parallel.pipeline_model_parallel_size
     stages = stages_of(config.model, config.exits, config.parallel)
     costs, heads = setup.costs(stages), frozenset(stage.index for stage in stages if stage.heads)
     pipeline = Pipeline(p, microbatches, heads, len(stages) // p)
-    schedule = make_schedule(config.parallel, pipeline, setup.microbatches)
-    return simulate(place_heads(schedule, costs) if planned_heads else schedule, costs)
-
-
-def make_schedule(parallel: ParallelConfig, pipeline: Pipeline, microbatches: int) -> Schedule:
-    """The schedule that the flags ask for. microbatches: of the whole step, of which `pipeline` may show fewer."""
-    if parallel.fill_explicit_bubbles:
-        ratio, room = parallel.backward_forward_ratio, max(microbatches - pipeline.num_ranks, 0)
-        most, warmup = most_fillers(pipeline.num_ranks, ratio), parallel.num_fill_warmup_microbatches
-        warmup = min(most, room // 2) if warmup is None else warmup
-        cooldown = parallel.num_fill_cooldown_microbatches
-        cooldown = min(most, room - warmup) if cooldown is None else cooldown
-        return fill_bubbles(pipeline, max(warmup, 0), max(cooldown, 0), ratio)
-    kind = parallel.pipeline_schedule
-    return GENERATORS["interleaved" if kind == "1f1b" and pipeline.chunks > 1 else kind](pipeline)
+    return simulate(make_schedule(config.parallel, pipeline, costs), costs)
 
 
 def _extrapolated(

@@ -11,7 +11,7 @@ from megatron.planning.parameters import Parameters
 from megatron.schedule.simulate import Costs
 
 GRADIENT = 4  # bytes of an element: sums are fp32
-BUCKET = 1 << 23  # elements that ranks exchange together, as optim.gradient_sync has them
+BUCKET, UNDER_WAY = 1 << 23, 3  # elements that ranks exchange together, and how many such; as in optim.buckets
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def training_state(parameters: Parameters, elements: int, dp: int, sharded: bool
     masters = 4 if elements < 4 else 0
     exchange = 0
     if dp > 1:
-        exchange = (3 if sharded else 1) * max(min(BUCKET, count), parameters.largest) * GRADIENT
+        exchange = int(min(UNDER_WAY * BUCKET, count) * GRADIENT * (1 + 1 / dp if sharded else 1))
     return State(count * elements, count * GRADIENT, own * (masters + (8 if adam else 4)), exchange)
 
 

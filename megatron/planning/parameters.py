@@ -9,14 +9,13 @@ from megatron.model.partition import StageSpec
 
 @dataclass(frozen=True)
 class Parameters:
-    """Of one rank, by part. copies: of what another stage owns. largest: of any single one."""
+    """Of one rank, by part. copies: of what another stage owns."""
 
     embedding: int
     layers: int
     exits: int
     output: int
     copies: int
-    largest: int
 
     @property
     def total(self) -> int:
@@ -36,16 +35,12 @@ def rank_parameters(
     learned = model.position_embedding_type == "learned_absolute"
     positions = model.max_positions * model.hidden_size if learned else 0
     layers = sum(stage.last - stage.first for stage in stages)
-    matrices = [_largest_matrix(model, tp)] * bool(layers)
-    if first or last or tied_exits or (count and exits.untie_exit_output_weights):
-        matrices.append(vocabulary)
     return Parameters(
         embedding=(vocabulary + positions) * first,
         layers=layers * layer_parameters(model, tp),
         exits=count * exit_parameters(model, exits, padded_vocab_size, tp),
         output=norm * last + vocabulary * (last and untied),
         copies=vocabulary * ((tied_exits or tied_head) and not first) + norm * shares_norm,
-        largest=max(matrices, default=0),
     )
 
 
@@ -85,9 +80,3 @@ def model_parameters(model: ModelConfig, exits: ExitConfig, stages: Sequence[Sta
     """All of the model's, each counted once."""
     whole = StageSpec(0, stages[0].first, stages[-1].last, tuple(e for s in stages for e in s.exits), True, True)
     return rank_parameters(model, exits, (whole,), padded_vocab_size).total
-
-
-def _largest_matrix(model: ModelConfig, tp: int) -> int:
-    """Of a layer."""
-    rows = (model.num_attention_heads + 2 * model.num_kv_heads) * model.head_dim
-    return model.hidden_size * max(rows, model.ffn_size * (2 if model.gated else 1)) // tp

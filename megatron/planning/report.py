@@ -30,7 +30,7 @@ def choices(estimates: Sequence[Estimate], names: Sequence[str]) -> str:
     """One line for each layout."""
     rows = [("", "step", "tokens/s", "idle", "memory", "layout")]
     for name, one in zip(names, estimates, strict=True):
-        placed = ", heads in idle time" if one.planned_heads else ""
+        placed = ", heads in idle time" if one.config.parallel.exit_placement == "planned" else ""
         depths = one.config.parallel.pipeline_model_parallel_layout
         uneven = f", {depths}" if depths else ""
         rows.append((name, seconds(one.step), f"{tokens(one) / one.step:,.0f}", f"{one.idle:.1%}",
@@ -87,6 +87,7 @@ def flags(estimate: Estimate) -> list[str]:
             use_distributed_optimizer=parallel.use_distributed_optimizer,
             sequence_parallel=parallel.sequence_parallel,
             pipeline_schedule=parallel.pipeline_schedule,
+            exit_placement=parallel.exit_placement,
             num_layers_per_virtual_pipeline_stage=parallel.num_layers_per_virtual_pipeline_stage,
             pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
             **fill,
@@ -99,7 +100,7 @@ def flags(estimate: Estimate) -> list[str]:
             recompute_num_layers=training.recompute_num_layers,
         ),
     )
-    return [*to_argv(chosen), *(["--exit-placement", "planned"] if estimate.planned_heads else [])]
+    return to_argv(chosen)
 
 
 def as_data(estimate: Estimate, device: Device) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def as_data(estimate: Estimate, device: Device) -> dict[str, Any]:
         "pp": parallel.pipeline_model_parallel_size,
         "dp": estimate.dp,
         "schedule": schedule_name(estimate),
-        "exit_placement": "planned" if estimate.planned_heads else "before-backward",
+        "exit_placement": parallel.exit_placement,
         "micro_batch_size": training.micro_batch_size,
         "microbatches": estimate.microbatches,
         "recompute": training.recompute_granularity or "none",

@@ -86,7 +86,8 @@ def _with_planned_heads(base: Setup, judged: Estimate) -> Estimate:
     """The same with heads in idle time, where that is faster and fits."""
     if judged.config.parallel.pipeline_model_parallel_size == 1 or judged.config.parallel.fill_explicit_bubbles:
         return judged
-    placed = estimate(replace(base, config=judged.config), planned_heads=True)
+    parallel = replace(judged.config.parallel, exit_placement="planned")
+    placed = estimate(replace(base, config=replace(judged.config, parallel=parallel)))
     return placed if placed.fits(base.device) and placed.step < judged.step * (1 - 1e-6) else judged
 
 

@@ -17,6 +17,8 @@ from megatron.errors import EELLMError
 class ScheduleError(EELLMError):
     """A schedule that cannot be made, read or run as asked; the message names the place and the mend."""
 
+    exit_code = 2
+
 
 class Op(str, Enum):
     """What an action does. A send is asynchronous; a receive is posted, and whoever needs the message waits for it."""

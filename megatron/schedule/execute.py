@@ -8,17 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from megatron.schedule.actions import Action, Flow, Op, Schedule, other_end
+from megatron.schedule.actions import BACKWARDS, Action, Flow, Op, Schedule, other_end
+from megatron.schedule.check import adds_gradients
 from megatron.schedule.terms import Normalization, Terms, derive_terms
+from megatron.schedule.trace import Recorder
 
 Key = tuple[int, int]  # stage, microbatch
+_TAKES_ACTIVATIONS = BACKWARDS | {Op.HEADS, Op.DROP}
 
 
 class StageLike(Protocol):
     """What the executor asks of a stage; `model.stage.Stage` is one."""
 
     def forward(self, batch: Any, stream: Any, received: Any = None) -> Any:
-        """F: activations of a microbatch; their `hidden` is what the next stage receives."""
+        """F: activations of a microbatch; their `take_hidden` gives what the next stage receives."""
 
     def backward_heads(self, activations: Any, batch: Any, objective: Any, share: Any) -> tuple[Any, Any]:
         """E: loss terms, and gradients for B."""
@@ -48,8 +51,12 @@ class LinkLike(Protocol):
 
 @dataclass
 class Step:
-    """What the actions of a step work on. batches, streams: data and dropout streams by microbatch. share: stage and
-    microbatch to how its losses weigh. reduce: sums a stage's gradient bucket over its ranks."""
+    """What the actions of a step work on.
+
+    batches, streams: data and dropout streams by microbatch. share: stage and microbatch to how its losses weigh.
+    reduce: begins to sum a stage's gradient bucket over its ranks. watch: told of a stage before its last B, during
+    which buckets become whole one by one. recorder: takes the times of all actions.
+    """
 
     stages: Mapping[int, StageLike]
     batches: Sequence[Any]
@@ -57,20 +64,28 @@ class Step:
     objective: Any
     share: Callable[[int, int], Any]
     reduce: Callable[[int, int], None] | None = None
+    watch: Callable[[int], None] | None = None
+    recorder: Recorder | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A schedule, and what follows from it for every step that is run by it."""
+    """A schedule, and what follows from it for every step that is run by it. kept: whose activations F leaves for a
+    later action; under tuning a stage without heads needs none."""
 
     schedule: Schedule
     flow: Flow
     terms: Terms
+    kept: frozenset[Key]
+    last_backwards: frozenset[Action]
 
     @staticmethod
     def of(schedule: Schedule, normalization: Normalization = "unbiased") -> "Plan":
         """The plan of a valid schedule."""
-        return Plan(schedule, Flow.of(schedule), derive_terms(schedule, normalization))
+        last = {a.stage: a for rank in schedule for a in rank if adds_gradients(a, heads_only=False)}
+        whole = frozenset(action for action in last.values() if action.op is Op.BACKWARD)
+        kept = frozenset((a.stage, a.microbatch) for rank in schedule for a in rank if a.op in _TAKES_ACTIVATIONS)
+        return Plan(schedule, Flow.of(schedule), derive_terms(schedule, normalization), kept, whole)
 
 
 def run(plan: Plan, rank: int, step: Step, link: LinkLike | None = None) -> dict[Key, Any]:
@@ -113,14 +128,21 @@ class _Worker:
 
     def do(self, action: Action) -> None:
         """One action."""
+        recorder = self.step.recorder
+        if recorder is None:
+            self._by_op[action.op](action)
+            return
+        recorder.turn(action)
         self._by_op[action.op](action)
+        recorder.end()
 
     def _forward(self, action: Action) -> None:
         stage, _, m = action
         received = self._take(action)
         activations = self.step.stages[stage].forward(self.step.batches[m], self.step.streams[m], received)
-        self._activations[stage, m] = activations
-        self._hand_over(action, activations.hidden)
+        if (stage, m) in self.plan.kept:
+            self._activations[stage, m] = activations
+        self._hand_over(action, activations.take_hidden())
 
     def _heads(self, action: Action) -> None:
         stage, _, m = action
@@ -136,6 +158,8 @@ class _Worker:
         received = self._take(action)
         if received is not None and (factor := self.plan.terms.gradient_factor(stage, m)) != 1.0:
             received = received * factor
+        if self.step.watch is not None and action in self.plan.last_backwards:
+            self.step.watch(stage)
         activations, gradients = self._activations.pop((stage, m)), self._gradients.pop((stage, m), [])
         if action.op is Op.INPUT:
             made, waiting = self.step.stages[stage].backward_input(activations, gradients, received)
@@ -162,13 +186,15 @@ class _Worker:
         tensor, work = self._coming.pop(receive)
         if work is not None:
             work.wait()
+        if self.step.recorder is not None:
+            self.step.recorder.start()
         return tensor
 
     def _hand_over(self, action: Action, tensor: Any) -> None:
         send = self.plan.flow.makes(action)
         if send is None:
             return
-        tensor, receive = tensor.detach(), other_end(send)
+        receive = other_end(send)
         if self.plan.schedule.rank_of(receive.stage) == self.rank:
             self._coming[receive] = tensor, None
         else:

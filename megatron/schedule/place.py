@@ -48,12 +48,15 @@ def best_fill(
     ratio: float | None = None,
     slack: float = SLACK,
     planned_heads: bool = False,
+    warmup: int | None = None,
+    cooldown: int | None = None,
 ) -> Filling:
     """As many fillers as leave the step no longer than its complete microbatches alone would take; may be none.
 
     ratio: time of a backward over that of a forward, which decides how deep fillers go; by default that of the costs.
     slack: by what share the step may be longer. planned_heads: both steps have their heads placed by `place_heads`.
-    Warm-up fillers are chosen first, then cool-down ones. Raises ScheduleError for pipelines that cannot be filled.
+    warmup, cooldown: numbers of fillers that are settled. Warm-up fillers are chosen first, then cool-down ones. Raises
+    ScheduleError for pipelines that cannot be filled.
     """
     ratio = _ratio(costs) if ratio is None else ratio
     m = pipeline.num_microbatches
@@ -68,12 +71,16 @@ def best_fill(
     def fits(filling: Filling) -> bool:
         return filling.timeline.makespan <= filling.plain.makespan * (1 + slack)
 
-    none = attempt(0, 0)
+    begun = attempt(warmup or 0, cooldown or 0)
     most = most_fillers(pipeline.num_ranks, ratio)
     room = max(0, m - pipeline.num_ranks)
-    reach = min(room, len(filler_depths(pipeline, most, ratio)))
-    warm = _largest(reach, none, lambda count: attempt(count, 0), fits)
-    return _largest(min(room - warm.warmup, most), warm, lambda count: attempt(warm.warmup, count), fits)
+    if warmup is None:
+        reach = min(room - begun.cooldown, len(filler_depths(pipeline, most, ratio)))
+        begun = _largest(reach, begun, lambda count: attempt(count, begun.cooldown), fits)
+    if cooldown is None:
+        chosen = begun.warmup
+        begun = _largest(min(room - chosen, most), begun, lambda count: attempt(chosen, count), fits)
+    return begun
 
 
 def _largest(most: int, none: Filling, attempt: Callable[[int], Filling], fits: Callable[[Filling], bool]) -> Filling:

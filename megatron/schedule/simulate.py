@@ -75,6 +75,11 @@ class Timeline:
         """The end of the last action; the step starts at 0."""
         return max((span.end for rank in self.spans for span in rank), default=0.0)
 
+    def scaled(self, factor: float) -> "Timeline":
+        """The same in another unit of time."""
+        spans = tuple(tuple(Span(a, start * factor, end * factor) for a, start, end in rank) for rank in self.spans)
+        return Timeline(spans, self.peak_memory)
+
     def busy(self, rank: int) -> float:
         """How long a rank computes."""
         return sum(span.end - span.start for span in self.spans[rank] if span.action.op in COMPUTES)

@@ -8,12 +8,11 @@ import torch
 from megatron.config.load import load
 from megatron.config.run import RunConfig
 from megatron.data.loader import Microbatch
-from megatron.model.init import initialise
-from megatron.model.names import named_parts
-from megatron.parallel.mesh import Mesh
+from megatron.parallel.mesh import ONE_RANK, Mesh
 from megatron.testing.tiny import random_batch
 from megatron.train import checkpoints
 from megatron.train.build import build_trainer
+from megatron.train.selfcheck import gradient_parts, initialise_all
 from megatron.train.step import train_step
 from megatron.train.trainer import Trainer
 
@@ -40,35 +39,31 @@ def build(mesh: Mesh, config: RunConfig, dtype: torch.dtype) -> Trainer:
         tensor_model_parallel_size=mesh.size("tp"),
         pipeline_model_parallel_size=mesh.size("pp"),
     )
-    trainer = build_trainer(replace(config, parallel=parallel), mesh.backend, dtype=dtype)
-    initialise(trainer.model, config.training.seed, trainer.vocab_size)
-    with torch.no_grad():
-        for name, parameter in trainer.model.named_parameters():
-            for part, placed in named_parts(name, parameter.detach(), trainer.model, trainer.vocab_size):
-                if parameter.dim() == 1:
-                    noise = torch.Generator().manual_seed(sum(part.encode()))
-                    placed.view.add_(placed.of(0.1 * torch.randn(placed.shape, generator=noise, dtype=dtype)))
-    trainer.optimizer.reset_masters()
+    trainer = build_trainer(replace(config, parallel=parallel), dtype=dtype, mesh=mesh)
+    initialise_all(trainer, config.training.seed)
     return trainer
 
 
-def one_step(mesh: Mesh, config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
+def one_step(
+    mesh: Mesh, config: RunConfig, dtype: torch.dtype, bucket: int | None = None, sequences: int = 8
+) -> dict[str, Any]:
     """Losses, gradient norm and this rank's gradients (before clipping), as parts of the whole model's.
 
-    The batch of eight sequences is the same in every layout; each data-parallel rank takes its share.
+    The batch is the same in every layout; each data-parallel rank takes its share. bucket: most elements of a gradient
+    bucket, where it is to be fewer than usual.
     """
     torch.set_default_dtype(dtype)
     trainer = build(mesh, config, dtype)
+    if bucket is not None:
+        trainer.optimizer.sync.make_buckets(bucket)
     dp = mesh.size("dp")
-    batches = [random_batch(1, 16, VOCAB, seed=m * dp + mesh.rank("dp"), eod_mask_loss=False) for m in range(8 // dp)]
+    seeds = range(mesh.rank("dp"), sequences, dp)
+    batches = [random_batch(1, 16, VOCAB, seed=seed, eod_mask_loss=False) for seed in seeds]
     gradients: dict[str, Any] = {}
     inner = trainer.optimizer.sync.total_norm
 
     def note() -> float:
-        for name, parameter in trainer.optimizer.parameters.items():
-            own, first = trainer.optimizer.sync.own(parameter.main_grad), trainer.optimizer.first_row(name)
-            for part, placed in named_parts(name, own, trainer.model, trainer.vocab_size, first):
-                gradients[part] = (placed.view.clone(), placed.shape, placed.offset)
+        gradients.update(gradient_parts(trainer))
         return inner()
 
     trainer.optimizer.sync.total_norm = note
@@ -97,6 +92,16 @@ def assemble(answers: list[dict[str, Any]], what: str = "gradients") -> Whole:
     for name, seen in filled.items():
         assert bool(seen.all()), f"no rank has all of {name}"
     return whole
+
+
+def losses_of_steps(mesh: Mesh, config: RunConfig, steps: int, alike: bool = False) -> list[dict[str, float]]:
+    """The losses of some steps from scratch in fp32. alike: all data-parallel ranks see the data of one alone."""
+    trainer = build(mesh, config, torch.float32)
+    found = []
+    for _ in range(steps):
+        batches = _toy_batches(ONE_RANK if alike else mesh, trainer.progress.iteration)
+        found.append(train_step(trainer, batches).losses)
+    return found
 
 
 def save_after_steps(mesh: Mesh, config: RunConfig, steps: int) -> None:

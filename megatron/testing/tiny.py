@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import torch
 
 from megatron.config.model import ExitConfig, ModelConfig
+from megatron.config.parallel import ParallelConfig
 from megatron.data.loader import Microbatch, make_microbatch
 from megatron.exits.loss import LossTerms, Objective, Share
-from megatron.exits.spec import exit_specs
+from megatron.exits.spec import FINAL
 from megatron.model.gpt import GPT
 from megatron.model.init import initialise
-from megatron.model.partition import partition
-from megatron.model.stage import Stage, TokenBatch
+from megatron.model.partition import stages_of
+from megatron.model.stage import HeadScore, Stage, TokenBatch, head_scores
 from megatron.parallel.rng import DropoutStream
 from megatron.schedule.actions import Pipeline
 from megatron.schedule.execute import Plan, Step, run
@@ -43,10 +44,11 @@ def build_gpt(
     padded_vocab_size: int = 64,
     dtype: torch.dtype = torch.float32,
     seed: int = 1,
+    num_stages: int = 1,
 ) -> GPT:
-    """An initialised one-stage model with gradient buffers, on the CPU. Norms and biases are perturbed too."""
+    """An initialised model with all its stages and gradient buffers, on the CPU. Norms and biases are perturbed too."""
     exits = exits or ExitConfig()
-    stages = partition((model.num_layers,), exit_specs(exits))
+    stages = stages_of(model, exits, ParallelConfig(pipeline_model_parallel_size=num_stages))
     gpt = GPT(model, exits, stages, padded_vocab_size).to(dtype)
     initialise(gpt, seed, vocab_size)
     noise = torch.Generator().manual_seed(seed)
@@ -64,6 +66,14 @@ def random_batch(batch: int = 2, length: int = 16, vocab_size: int = 60, seed: i
     source = torch.Generator().manual_seed(seed)
     text = torch.randint(0, vocab_size, (batch, length + 1), generator=source)
     return make_microbatch(text, 0, **flags)
+
+
+@torch.no_grad()
+def evaluate_heads(model: GPT, batch: TokenBatch, vocab_size: int | None = None) -> dict[str, HeadScore]:
+    """Scores of every head of a one-stage model on one batch, without dropout."""
+    stage = Stage(model.eval(), vocab_size)
+    heads = stage.score(stage.forward(batch, None), batch)
+    return head_scores(heads, heads[FINAL].argmax, batch)
 
 
 def accumulate(

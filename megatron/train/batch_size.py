@@ -21,6 +21,16 @@ def global_batch_size(config: TrainingConfig, consumed_samples: int, dp_size: in
     return max(size // unit, 1) * unit
 
 
+def global_batch_sizes(config: TrainingConfig, dp_size: int) -> list[int]:
+    """All sizes that a run's steps have, smallest first."""
+    final = global_batch_size(config, 1 << 62, dp_size)
+    if not config.rampup_batch_size:
+        return [final]
+    start, increment, _ = config.rampup_batch_size
+    unit = config.micro_batch_size * dp_size
+    return sorted({max(size // unit, 1) * unit for size in range(start, final, increment)} | {final})
+
+
 def training_length(config: TrainingConfig, dp_size: int) -> tuple[int, int]:
     """(iterations, samples) of the whole run. Sample-based runs end before the step that would exceed them."""
     final = global_batch_size(config, 1 << 62, dp_size)

@@ -5,58 +5,65 @@ import torch
 from megatron.checkpoint.together import Together
 from megatron.config.run import RunConfig
 from megatron.errors import ConfigError
-from megatron.model.build import build_model
+from megatron.model.build import build_model, padded_rows
 from megatron.model.gpt import GPT
-from megatron.model.partition import replicas, stages_of
+from megatron.model.partition import StageSpec, replicas, stages_of
 from megatron.model.stage import Stage
+from megatron.nn.fp8 import use_fp8
 from megatron.nn.linear import defer_weight_gradients
-from megatron.optim.gradient_sync import Shared
+from megatron.optim.gradient_sync import Home, Shared
 from megatron.optim.lr import LrSchedule, WeightDecaySchedule
 from megatron.optim.optimizer import TrainingOptimizer
 from megatron.optim.scaler import LossScaler
 from megatron.parallel.backend import Backend
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.p2p import PipelineLink
+from megatron.planning.costs import stage_costs
+from megatron.schedule.simulate import Costs
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer
-from megatron.train.batch_size import training_length
+from megatron.train.batch_size import global_batch_sizes, training_length
+from megatron.train.plan import splits_backward
 from megatron.train.spikes import SpikeWatch
 from megatron.train.trainer import Trainer
 
 
-def build_trainer(config: RunConfig, backend: Backend | None = None, dtype: torch.dtype | None = None) -> Trainer:
+def build_trainer(
+    config: RunConfig, backend: Backend | None = None, dtype: torch.dtype | None = None, mesh: Mesh | None = None
+) -> Trainer:
     """Make all parts of a training run; parameters are still uninitialised (see `checkpoints.start`).
 
-    dtype: of parameters, where it isn't the config's.
+    dtype: of parameters, where it isn't the config's. mesh: where it is not to be made of all ranks launched.
     """
-    backend = backend or Backend.choose(config.parallel.distributed_backend)
-    mesh = Mesh.build(config.parallel, backend)
+    if mesh is None:
+        mesh = Mesh.build(config.parallel, backend or Backend.choose(config.parallel.distributed_backend))
     _check_batch(config, mesh.size("dp"))
     tokenizer = make_tokenizer(config)
-    try:
-        model = build_model(config, mesh, tokenizer.vocab_size, dtype)
-    except (MemoryError, RuntimeError) as error:  # how torch says that memory can't be had
-        if "memory" not in str(error):
-            raise
-        raise ConfigError(
-            f"a model of these sizes does not fit into memory (--hidden-size, --num-layers, --seq-length, the "
-            f"vocabulary): {str(error).splitlines()[0][:200]}"
-        ) from error
-    if config.training.torch_compile:
-        compile_layers(model)
-    later = defer_weight_gradients(model) if config.parallel.pipeline_schedule == "zb-h1" else None
+    model = _build_model(config, mesh, tokenizer.vocab_size, dtype)
+    later = None
+    if splits_backward(config.parallel):
+        if config.training.torch_compile or config.precision.fp8:
+            raise ConfigError("--torch-compile and --fp8-format: such layers don't split backward as the schedule asks")
+        later = defer_weight_gradients(model)
     shared, optimizer = find_shared(config, model, mesh), None
     if not config.training.skip_train:
         optimizer = TrainingOptimizer(
             model.named_parameters(), config.optimizer, mesh, shared, config.parallel.use_distributed_optimizer
         )
-    return Trainer(
+    partition = stages_of(config.model, config.exits, config.parallel)
+    if mesh.backend.has_one_queue and len(partition) > mesh.size("pp") > 1:
+        raise ConfigError(
+            "CUDA_DEVICE_MAX_CONNECTIONS=1 and several pipeline stages a rank: their messages would wait for each "
+            "other for ever. Unset it (tensor parallelism overlaps without it here)"
+        )
+    trainer = Trainer(
         config=config,
         mesh=mesh,
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
         model=model,
-        partition=stages_of(config.model, config.exits, config.parallel),
+        partition=partition,
+        costs=_costs(config, partition, tokenizer.vocab_size),
         stages={spec.index: Stage(model, tokenizer.vocab_size, spec, later) for spec in model.stages},
         link=PipelineLink.build(mesh) if mesh.size("pp") > 1 else None,
         shared=shared,
@@ -68,6 +75,35 @@ def build_trainer(config: RunConfig, backend: Backend | None = None, dtype: torc
         weight_decay=build_weight_decay(config, mesh.size("dp")),
         spikes=SpikeWatch(config.training),
     )
+    if optimizer is not None:
+        for size in global_batch_sizes(config.training, mesh.size("dp")):
+            trainer.plan(size // (config.training.micro_batch_size * mesh.size("dp")))  # or say now what can't be
+    return trainer
+
+
+def _build_model(config: RunConfig, mesh: Mesh, vocab_size: int, dtype: torch.dtype | None) -> GPT:
+    """The model, with the kernels that the flags ask for."""
+    try:
+        model = build_model(config, mesh, vocab_size, dtype)
+    except (MemoryError, RuntimeError) as error:  # how torch says that memory can't be had
+        if "memory" not in str(error):
+            raise
+        raise ConfigError(
+            f"a model of these sizes does not fit into memory (--hidden-size, --num-layers, --seq-length, the "
+            f"vocabulary): {str(error).splitlines()[0][:200]}"
+        ) from error
+    if config.precision.fp8:
+        use_fp8(model, config.precision.fp8)
+    if config.training.torch_compile:
+        compile_layers(model)
+    return model
+
+
+def _costs(config: RunConfig, partition: tuple[StageSpec, ...], vocab_size: int) -> tuple[Costs, ...]:
+    """What a microbatch costs on each stage, in FLOPs."""
+    tokens = config.training.micro_batch_size * config.model.seq_length
+    rows = padded_rows(config, vocab_size)
+    return stage_costs(config.model, config.exits, partition, rows, tokens, training=config.training)
 
 
 def _check_batch(config: RunConfig, dp_size: int) -> None:
@@ -103,7 +139,25 @@ def find_shared(config: RunConfig, model: GPT, mesh: Mesh) -> Shared:
         cut=frozenset(name for name, one in split.items() if one.dim is not None),
         copies=copies,
         foreign=frozenset(foreign),
+        home=gradient_homes(model),
     )
+
+
+def gradient_homes(model: GPT) -> dict[str, Home]:
+    """The stage whose actions make each parameter's gradient, of those that one stage alone uses."""
+    layers = {str(layer): stage.index for stage in model.stages for layer in range(stage.first, stage.last)}
+    heads = {spec.label: stage.index for stage in model.stages for spec in stage.exits}
+    homes: dict[str, Home] = {}
+    for name, _ in model.named_parameters():
+        room, _, rest = name.partition(".")
+        module = rest.partition(".")[0]
+        if room == "layers":
+            homes[name] = (layers[module], False)
+        elif room == "exits":
+            homes[name] = (heads[module], True)
+        elif room == "output":
+            homes[name] = (model.stages[-1].index, True)
+    return homes
 
 
 def count_parameters(trainer: Trainer) -> int:

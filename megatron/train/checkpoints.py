@@ -88,8 +88,19 @@ def facts(trainer: Trainer) -> dict[str, Any]:
 
 
 def tensors_to_save(trainer: Trainer) -> dict[str, Placed]:
-    """Checkpoint key -> live view and its place, for what --save writes."""
-    return state_tensors(trainer, optimizer=trainer.config.checkpoint.save_optim)
+    """What this rank writes to a checkpoint: data-parallel ranks share out what they all hold."""
+    mesh, optimizer = trainer.mesh, trainer.optimizer
+    parts = state_tensors(trainer, optimizer=trainer.config.checkpoint.save_optim)
+    sharded = optimizer is not None and optimizer.sync.sharded
+    loads, mine = [0] * mesh.size("dp"), {}
+    for name, part in parts.items():
+        writer = mesh.rank("dp")
+        if not (sharded and name.startswith(OPTIMIZER)):
+            writer = loads.index(min(loads))  # the same on all: who has least so far
+            loads[writer] += part.view.nbytes
+        if writer == mesh.rank("dp"):
+            mine[name] = part
+    return mine
 
 
 def capture(trainer: Trainer, snapshot: Snapshot | None = None) -> RunState:

@@ -2,18 +2,19 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from megatron.checkpoint.find import checkpoints_in, foreign, iteration_name, iterations
 from megatron.config.load import to_dict
 from megatron.config.run import CheckpointConfig, RunConfig
 from megatron.data.build import Dataset
+from megatron.data.loader import Microbatch
 from megatron.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StorageError
 from megatron.logs import get_logger
-from megatron.model.stage import TokenBatch
 from megatron.train.batch_size import global_batch_size, is_finished, training_length
 from megatron.train.console import Console, Stopwatch
 from megatron.train.data import Datasets, make_datasets, microbatches, step_batches
@@ -22,9 +23,11 @@ from megatron.train.metrics import Reporter, next_run, open_reporter, step_recor
 from megatron.train.saving import Saver
 from megatron.train.signals import StopSignal
 from megatron.train.step import StepReport, train_step
+from megatron.train.tracing import Tracer
 from megatron.train.trainer import Trainer
 
 log = get_logger(__name__)
+T = TypeVar("T")
 
 
 @dataclass
@@ -76,12 +79,7 @@ def train(trainer: Trainer, stop: StopSignal | None = None, started: Callable[[]
 
 
 def _save_what_there_is(session: Session) -> None:
-    """The data broke: the state is that of the last whole step. A disk that refuses hides no other error.
-
-    Not with several ranks: the others wait in a step, and not for a save.
-    """
-    if session.trainer.mesh.world_size > 1:
-        return
+    """The data broke: the state is that of the last whole step. A disk that refuses hides no other error."""
     try:
         session.saver.finish(session.bad_steps)
     except StorageError as error:
@@ -157,51 +155,87 @@ def _say_if_done(session: Session) -> None:
 
 def _steps(session: Session) -> str:
     trainer = session.trainer
-    training, progress, dp_size = trainer.config.training, trainer.progress, trainer.mesh.size("dp")
+    progress, dp_size = trainer.progress, trainer.mesh.size("dp")
     stream = microbatches(trainer, session.datasets.train, progress.consumed_samples)
     watch = Stopwatch()
-    while not is_finished(training, progress.iteration, progress.consumed_samples, dp_size):
-        batches = step_batches(trainer, stream)
-        report = train_step(trainer, batches)
+    tracer = Tracer(trainer)
+    batches = _read_step(session, stream)
+    _raise_together(session, batches, *trainer.mesh.largest(isinstance(batches, DataError)))
+    while batches:
+        recorder = tracer.begin()
+        report = train_step(trainer, batches, recorder)
+        tracer.end(recorder, len(batches))
         samples, seconds = sum(len(batch.tokens) for batch in batches) * dp_size, watch.lap()
         session.console.step(report, samples, seconds)
         session.reporter.write(progress.iteration, step_record(trainer, report, samples, seconds))
         _guard(session, report)
-        reason = _after_step(session)
+        _save_and_evaluate(session)
         watch.lap()  # evaluation and saving are not step time
-        if reason:
+        batches = _read_step(session, stream)
+        if reason := _reason_to_stop(session, batches):
+            session.saver.finish(session.bad_steps)
+            session.console.say(f"stopping after iteration {progress.iteration}: {reason}")
             return reason
     session.saver.finish(session.bad_steps)
     return "finished"
 
 
-def _after_step(session: Session) -> str | None:
-    """Save and evaluate where it is time; the reason to stop, if there is one."""
-    training, iteration = session.trainer.config.training, session.trainer.progress.iteration
+def _read_step(session: Session, stream: Iterator[Microbatch]) -> list[Microbatch] | DataError:
+    """The microbatches of the next step, none after the last one; or why they can't be read."""
+    training, progress = session.trainer.config.training, session.trainer.progress
+    if is_finished(training, progress.iteration, progress.consumed_samples, session.trainer.mesh.size("dp")):
+        return []
+    return _attempt(lambda: step_batches(session.trainer, stream))
+
+
+def _attempt(read: Callable[[], T]) -> T | DataError:
+    """What `read` returned; or its error, which the other ranks have to hear of before this one ends."""
+    try:
+        return read()
+    except DataError as error:
+        return error
+
+
+def _raise_together(session: Session, read: object, anywhere: int) -> None:
+    """Raise the DataError that some rank has `read`, if any: the same one on all of them."""
+    if not anywhere:
+        return
+    mesh, peers = session.trainer.mesh, session.trainer.peers
+    if mesh.world_size == 1:
+        raise read
+    told = peers.gather(str(read) if isinstance(read, DataError) else None)
+    rank, text = next((rank, text) for rank, text in enumerate(told) if text is not None)
+    error = DataError(f"rank {rank} ({mesh.place(rank)}): {text}")
+    error.everywhere = True
+    raise error
+
+
+def _save_and_evaluate(session: Session) -> None:
+    """What is due after a step."""
+    interval, iteration = session.trainer.config.training.eval_interval, session.trainer.progress.iteration
     session.saver.after_step(session.bad_steps)
-    if iteration % training.eval_interval == 0:
-        _evaluate(session, "valid", session.datasets.valid, iteration // training.eval_interval - 1)
-    reason = _reason_to_stop(session)
-    if reason:
-        session.saver.finish(session.bad_steps)
-        session.console.say(f"stopping after iteration {iteration}: {reason}")
-    return reason
+    if iteration % interval == 0:
+        _evaluate(session, "valid", session.datasets.valid, iteration // interval - 1)
 
 
-def _reason_to_stop(session: Session) -> str | None:
-    """The first reason that any rank has; the same on all of them."""
-    trainer = session.trainer
-    training, progress = trainer.config.training, trainer.progress
-    received = session.stop.agreed(trainer.mesh)
+def _reason_to_stop(session: Session, upcoming: list[Microbatch] | DataError) -> str | None:
+    """The first reason that any rank has; the same on all of them, agreed in one message.
+
+    `upcoming`: what the next step is to read. Raises its DataError where there is no other reason.
+    """
+    training, progress, mesh = session.trainer.config.training, session.trainer.progress, session.trainer.mesh
+    minutes, limit = (time.monotonic() - session.started) / 60, training.exit_duration_in_mins
+    late = limit is not None and minutes > limit
+    received, (late, broken) = session.stop.agreed(mesh, late, isinstance(upcoming, DataError))
     if received:
         return f"{received} received"
-    if is_finished(training, progress.iteration, progress.consumed_samples, trainer.mesh.size("dp")):
+    if is_finished(training, progress.iteration, progress.consumed_samples, mesh.size("dp")):
         return None
-    minutes, limit = (time.monotonic() - session.started) / 60, training.exit_duration_in_mins
-    if limit is not None and trainer.mesh.largest(minutes > limit):
+    if late:
         return f"--exit-duration-in-mins {limit:g} is over"
     if training.exit_interval and progress.iteration % training.exit_interval == 0:
         return f"--exit-interval {training.exit_interval}"
+    _raise_together(session, upcoming, broken)
     return None
 
 
@@ -250,7 +284,7 @@ def _evaluate_only(session: Session) -> str:
         raise ConfigError("--skip-train evaluates, but --split leaves no validation or test data")
     _evaluate(session, "valid", session.datasets.valid, 0)
     _evaluate(session, "test", session.datasets.test, 0)
-    received = session.stop.agreed(session.trainer.mesh)
+    received, _ = session.stop.agreed(session.trainer.mesh)
     return f"{received} received" if received else "evaluated"
 
 
@@ -278,7 +312,8 @@ def _evaluate(session: Session, split: str, dataset: Dataset | None, turn: int) 
     watch = Stopwatch()
     stream = microbatches(trainer, dataset, turn % turns * count * per_microbatch)
     results = evaluate(trainer, _until_stopped(islice(stream, count), session))
-    if received := session.stop.agreed(trainer.mesh):
+    received, _ = session.stop.agreed(trainer.mesh)
+    if received:
         session.console.say(f"{split} evaluation given up: {received} received")
         return
     session.console.evaluation(f"{split} evaluation", results, watch.lap())
@@ -287,8 +322,12 @@ def _evaluate(session: Session, split: str, dataset: Dataset | None, turn: int) 
     session.reporter.write(trainer.progress.iteration, record | {"run": trainer.progress.run})
 
 
-def _until_stopped(batches: Iterable[TokenBatch], session: Session) -> Iterator[TokenBatch]:
-    for batch in batches:
-        if session.stop.agreed(session.trainer.mesh):
+def _until_stopped(batches: Iterator[Microbatch], session: Session) -> Iterator[Microbatch]:
+    """The batches until a rank receives a signal. Raises a DataError on all ranks where one meets it."""
+    while True:
+        batch = _attempt(lambda: next(batches, None))
+        received, (broken,) = session.stop.agreed(session.trainer.mesh, isinstance(batch, DataError))
+        if received or batch is None:
             return
+        _raise_together(session, batch, broken)
         yield batch

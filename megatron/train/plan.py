@@ -3,38 +3,41 @@
 from functools import cache
 
 from megatron.config.parallel import ParallelConfig
-from megatron.schedule.actions import Pipeline, Schedule
+from megatron.planning.schedules import make_schedule, read_schedule
+from megatron.schedule.actions import Op, Pipeline, ScheduleError
 from megatron.schedule.check import validate
-from megatron.schedule.communicate import communicate
+from megatron.schedule.communicate import add_reductions, communicate
 from megatron.schedule.execute import Plan
-from megatron.schedule.fill import fill_bubbles, most_fillers
-from megatron.schedule.generate import GENERATORS
+from megatron.schedule.simulate import Costs
+
+Counts = tuple[tuple[int, int], ...]  # (stage, gradient buckets)
+Buckets = tuple[Counts, Counts]  # of layers, of heads
+NONE: Buckets = ((), ())
 
 
 @cache
-def step_plan(parallel: ParallelConfig, pipeline: Pipeline) -> Plan:
-    """The plan of a step under these flags. Raises ScheduleError where they can't be met."""
-    schedule = communicate(_generate(parallel, pipeline))
-    validate(schedule, pipeline)
-    return Plan.of(schedule, parallel.fill_loss_normalization)
+def step_plan(parallel: ParallelConfig, pipeline: Pipeline, costs: tuple[Costs, ...], buckets: Buckets = NONE) -> Plan:
+    """The plan of a step under these flags.
+
+    costs: of each stage, by which exit heads are placed and bubbles filled. buckets: gradients that this rank sums over
+    others as they become whole. Raises ScheduleError where the flags can't be met.
+    """
+    schedule = make_schedule(parallel, pipeline, costs)
+    layers, heads = (dict(counts) for counts in buckets)
+    try:
+        if not schedule.has_messages:
+            schedule = communicate(schedule)
+        whole = add_reductions(schedule, layers, heads)
+        validate(whole, pipeline, layers, heads)
+        return Plan.of(whole, parallel.fill_loss_normalization)
+    except ScheduleError as error:
+        if parallel.schedule_file is None:
+            raise
+        raise ScheduleError(f"--schedule-file {parallel.schedule_file}: {error}") from None
 
 
-def _generate(parallel: ParallelConfig, pipeline: Pipeline) -> Schedule:
-    if parallel.fill_explicit_bubbles:
-        ratio = parallel.backward_forward_ratio
-        warmup, cooldown = _fillers(parallel, pipeline)
-        return fill_bubbles(pipeline, warmup, cooldown, ratio)
-    kind = parallel.pipeline_schedule
-    return GENERATORS["interleaved" if kind == "1f1b" and pipeline.chunks > 1 else kind](pipeline)
-
-
-def _fillers(parallel: ParallelConfig, pipeline: Pipeline) -> tuple[int, int]:
-    """Partial microbatches in warm-up and cool-down: as told, else as many as fit the bubbles and the step."""
-    most = most_fillers(pipeline.num_ranks, parallel.backward_forward_ratio)
-    room = max(pipeline.num_microbatches - pipeline.num_ranks, 0)
-    warmup, cooldown = parallel.num_fill_warmup_microbatches, parallel.num_fill_cooldown_microbatches
-    if warmup is None:
-        warmup = min(most, room - (cooldown or 0) if cooldown is not None else room // 2)
-    if cooldown is None:
-        cooldown = min(most, room - min(warmup, most))
-    return max(warmup, 0), max(cooldown, 0)
+def splits_backward(parallel: ParallelConfig) -> bool:
+    """Whether gradients of weights are made apart from those of inputs."""
+    if parallel.schedule_file is None:
+        return parallel.pipeline_schedule == "zb-h1"
+    return any(action.op is Op.WEIGHT for rank in read_schedule(parallel.schedule_file) for action in rank)

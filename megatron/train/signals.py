@@ -15,10 +15,13 @@ class StopSignal:
         self.received: str | None = None
         self._previous: dict[int, object] = {}
 
-    def agreed(self, mesh: Mesh) -> str | None:
-        """The signal that any rank has received by now; the same on all of them, which all must call this."""
-        number = mesh.largest(signal.Signals[self.received] if self.received else 0)
-        return signal.Signals(number).name if number else None
+    def agreed(self, mesh: Mesh, *also: bool) -> tuple[str | None, list[int]]:
+        """The signal that any rank has received by now, and which of `also` hold for any rank.
+
+        The same on all of them, which all must call this.
+        """
+        number, *held = mesh.largest(signal.Signals[self.received] if self.received else 0, *also)
+        return (signal.Signals(number).name if number else None), held
 
     def __enter__(self) -> "StopSignal":
         self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}

@@ -17,8 +17,8 @@ from megatron.exits.weights import exit_weight
 from megatron.model.stage import TokenBatch
 from megatron.schedule.execute import Step, run
 from megatron.schedule.terms import Terms
+from megatron.schedule.trace import Recorder
 from megatron.train.losses import gather_losses
-from megatron.train.plan import step_plan
 from megatron.train.problems import gradient_problem, loss_problem, spike_problem
 from megatron.train.trainer import Trainer
 
@@ -42,17 +42,23 @@ class StepReport:
     confidences: dict[str, float] = field(default_factory=dict)
 
 
-def train_step(trainer: Trainer, batches: Sequence[TokenBatch]) -> StepReport:
-    """Accumulate the gradients of all microbatches, apply them, and move the trainer's progress on."""
+def train_step(trainer: Trainer, batches: Sequence[TokenBatch], recorder: Recorder | None = None) -> StepReport:
+    """Accumulate the gradients of all microbatches, apply them, and move the trainer's progress on.
+
+    recorder: takes the times of the schedule's actions.
+    """
     config, progress, optimizer = trainer.config, trainer.progress, trainer.optimizer
     objective = make_objective(trainer, batches)
-    plan = step_plan(config.parallel, trainer.pipeline(len(batches)))
+    sync = optimizer.sync
+    plan = trainer.plan(len(batches))
     streams = [trainer.dropout_stream(progress.iteration, m) for m in range(len(batches))]
-    step = Step(trainer.stages, batches, streams, objective, partial(_share, plan.terms))
+    share = partial(_share, plan.terms)
+    step = Step(trainer.stages, batches, streams, objective, share, sync.reduce, sync.watch, recorder)
 
     trainer.model.train()
     optimizer.zero_grad()
     terms = run(plan, trainer.mesh.rank("pp"), step, trainer.link)
+    sync.finish()
 
     losses, confidences = gather_losses(trainer.mesh, trainer.partition, plan, terms, objective.dynamic)
     scale = trainer.scaler.scale

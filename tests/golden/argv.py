@@ -3,10 +3,10 @@
 from pathlib import Path
 
 INPUTS = (
-    *("--tokenizer-model", "--vocab-file", "--merge-file", "--load", "--config"),
+    *("--tokenizer-model", "--vocab-file", "--merge-file", "--load", "--config", "--schedule-file"),
     *("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path"),
 )
-OUTPUTS = ("--save", "--data-cache-path", "--tensorboard-dir", "--metrics-file", "--wandb-save-dir")
+OUTPUTS = ("--save", "--data-cache-path", "--tensorboard-dir", "--metrics-file", "--wandb-save-dir", "--trace")
 
 
 def redirect(argv: list[str], golden_dir: Path, out: Path) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.cli import generate, merge_datasets, preprocess_data, train_tokenizer
+from megatron.cli import check_cluster, generate, merge_datasets, preprocess_data, train_tokenizer
 from megatron.config.load import load
 from megatron.config.reference import markdown
 from tests.house.files import ROOT, shown, tracked
@@ -113,12 +113,15 @@ PARSERS = {
     "tools/train_tokenizer.py": train_tokenizer,
     "tools/merge_datasets.py": merge_datasets,
     "tools/generate_text.py": generate,
+    "tools/check_cluster.py": check_cluster,
 }
 
 
 @pytest.mark.parametrize("words", all_commands())
 def test_commands_are_understood(words: list[str]) -> None:
     """Scripts exist, and every flag is one that they know."""
+    if words[0] == "torchrun":
+        words = ["python", *words[next(place for place, word in enumerate(words) if word.endswith(".py")) :]]
     program, script, *arguments = [*words, ""]
     if not (program in ("bash", "python") or program.startswith(".venv/bin/python")) or script.startswith("-"):
         return

@@ -1,15 +1,24 @@
 """Losses and every gradient of one step are those of one process, in every layout (rows R3 and issue's equality)."""
 
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from megatron.config.run import RunConfig
+from megatron.nn.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.parallel.mesh import ONE_RANK, Mesh
+from megatron.schedule.actions import Pipeline, ScheduleError
+from megatron.schedule.simulate import Costs
 from megatron.testing.layouts import VOCAB, assemble, build, one_step, toy_config
 from megatron.testing.ranks import Ranks
 from megatron.testing.tiny import random_batch
+from megatron.train import build as build_module
+from megatron.train import checkpoints
+from megatron.train.plan import step_plan
 from megatron.train.step import train_step
 
 GPT = ""
@@ -95,6 +104,49 @@ def test_every_schedule(ranks: Ranks, model: str, layout: str, schedule: str) ->
     compare(ranks, MODELS[model], LAYOUTS[layout], SCHEDULES[schedule])
 
 
+@pytest.mark.parametrize(
+    ("model", "schedule"),
+    [
+        ("tied", ""),
+        pytest.param("block", "--num-layers-per-virtual-pipeline-stage 1", marks=pytest.mark.slow),
+        pytest.param("mlp", "--pipeline-schedule zb-h1", marks=pytest.mark.slow),
+    ],
+)
+def test_exit_heads_where_their_stage_waits(ranks: Ranks, model: str, schedule: str) -> None:
+    compare(ranks, MODELS[model], {"pp": 2, "tp": 2}, f"--exit-placement planned {schedule}")
+
+
+BY_HAND = """\
+0F0,0F1,0F2,0E1,0E0,0E2,0I0,0I1,0W1,0W0,0B2,0F3,0F4,0E3,0B3,0E4,0B4,0F5,0E5,0B5,0F6,0F7,0E7,0E6,0B6,0B7
+1F0,1E0,1F1,1B0,1E1,1F2,1I1,1E2,1W1,1B2,1F3,1E3,1B3,1F4,1E4,1B4,1F5,1E5,1B5,1F6,1E6,1B6,1F7,1E7,1B7
+"""
+
+
+def test_a_schedule_written_by_hand(ranks: Ranks, tmp_path: Path) -> None:
+    (tmp_path / "steps.csv").write_text(BY_HAND)
+    compare(ranks, MODELS["tied_norm"], {"pp": 2}, f"--schedule-file {tmp_path}/steps.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (BY_HAND.replace("1W1,", ""), "action 1W1 is missing"),
+        (BY_HAND.replace("0F0,", "0F0,0G0,"), "line 1, word 2: '0G0' is not an action"),
+        (BY_HAND.replace("7", "8"), "beyond the step's 8 microbatches"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_bad_schedule_is_refused_before_any_work(tmp_path: Path, text: str | None, complaint: str) -> None:
+    path = tmp_path / "steps.csv"
+    if text is not None:
+        path.write_text(text)
+    flags = toy_config("--pipeline-model-parallel-size", "2", "--schedule-file", str(path))
+    with pytest.raises(ScheduleError) as error:
+        step_plan(flags.parallel, Pipeline(2, 8, frozenset((0, 1))), (Costs(), Costs()))
+    assert complaint in str(error.value)
+    assert str(path) in str(error.value)
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", pytest.param("zb-h1", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("model", "stages"),
@@ -121,6 +173,26 @@ def test_chunks_of_unequal_depth(ranks: Ranks) -> None:
 )
 def test_a_sharded_optimizer(ranks: Ranks, model: str, layout: str) -> None:
     compare(ranks, MODELS[model], LAYOUTS[layout], "--use-distributed-optimizer")
+
+
+def test_dropout_is_the_same_for_any_number_of_pipeline_and_data_parallel_ranks(ranks: Ranks) -> None:
+    compare(ranks, f"{MODELS['tied_norm']} --hidden-dropout 0.3 --attention-dropout 0.2", {"dp": 2, "pp": 2})
+
+
+def elements_written(mesh: Mesh, config: RunConfig) -> tuple[int, int]:
+    """Elements that this rank writes to a checkpoint, and that it holds."""
+    trainer = build(mesh, config, torch.float32)
+    written, held = checkpoints.tensors_to_save(trainer), checkpoints.state_tensors(trainer)
+    return tuple(sum(part.view.numel() for part in parts.values()) for parts in (written, held))
+
+
+@pytest.mark.parametrize("more", ["", "--use-distributed-optimizer"])
+def test_data_parallel_ranks_share_out_what_they_all_hold(ranks: Ranks, more: str) -> None:
+    config = toy_config(*MODELS["tied"].split(), *more.split())
+    answers = ranks.run(elements_written, config, dp=2)
+    (_, alone), whole = elements_written(ONE_RANK, config), sum(written for written, _ in answers)
+    assert whole == alone
+    assert max(written for written, _ in answers) < 0.6 * whole
 
 
 def state_elements(mesh: Mesh, config: RunConfig) -> tuple[int, int]:
@@ -152,3 +224,28 @@ def test_copies_of_a_tied_matrix_stay_equal_to_the_bit(ranks: Ranks, more: str) 
     config = toy_config(*MODELS["tied"].split(), *more.split(), "--global-batch-size", "6")
     first, *others = ranks.run(tied_matrix, config, dp=3, pp=2)
     assert all(torch.equal(first, other) for other in others)
+
+
+def step_with_other_products(mesh: Mesh, config: RunConfig) -> dict:
+    """`one_step` with products of layers made apart, as fp8 kernels make them: here exact ones."""
+
+    def divert(model: torch.nn.Module, _form: str) -> None:
+        for module in model.modules():
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                module.product = partial(torch.nn.functional.linear, weight=module.weight)
+
+    inner, build_module.use_fp8 = build_module.use_fp8, divert
+    precision = replace(config.precision, fp8="hybrid")
+    try:
+        return one_step(mesh, replace(config, precision=precision), torch.float64)
+    finally:
+        build_module.use_fp8 = inner
+
+
+@pytest.mark.parametrize("flags", ["", "--sequence-parallel"])
+def test_products_of_another_kernel_meet_the_same_regions(ranks: Ranks, flags: str) -> None:
+    config = toy_config(*MODELS["mlp"].split())
+    alone = assemble([one_step(ONE_RANK, config, torch.float64)])
+    answers = ranks.run(step_with_other_products, toy_config(*MODELS["mlp"].split(), *flags.split()), tp=2)
+    for name, tensor in assemble(answers).items():
+        torch.testing.assert_close(tensor, alone[name], rtol=1e-10, atol=1e-10, msg=name)

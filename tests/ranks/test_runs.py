@@ -1,66 +1,25 @@
-"""Whole runs of several ranks by torchrun: resumed, stopped, and with a rank that dies."""
+"""Whole runs of several ranks by torchrun: resumed, in the same layout and in another, and stopped by signals."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from megatron.checkpoint.find import recognise
-from megatron.testing.corpus import training_flags, write_corpus
+from megatron.checkpoint.find import iterations, recognise
+from tests.ranks.launcher import PARALLEL, Launcher, finished, wait_for, workers
 
-SCRIPT = Path(__file__).parents[2] / "pretrain_early_exit_gpt.py"
-PARALLEL = {
-    "pp2": (2, {"pipeline_model_parallel_size": 2}),
-    "tp2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    "dp2": (2, {"use_distributed_optimizer": True}),
-}
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks through Linux's /proc")
 
 
-class Launcher:
-    """Starts runs on one toy corpus."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.corpus = write_corpus(root / "corpus")
-
-    def start(self, ranks: int, metrics: str, *torchrun: str, env: dict[str, str] | None = None, **flags: object):
-        """A run under torchrun, or alone."""
-        flags = {"train_iters": 8, "lr_decay_iters": 8, "distributed_timeout_minutes": 1} | flags
-        words = training_flags(self.corpus, self.root / "cache", metrics_file=self.root / metrics, **flags)
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *torchrun]
-        return subprocess.Popen(
-            [sys.executable, *(launcher if ranks > 1 else []), str(SCRIPT), *words],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}), start_new_session=True,
-        )  # fmt: skip
-
-    def run(self, *args, **kwargs) -> list[dict]:
-        """To a good end; the lines of its metrics file, without times."""
-        process = self.start(*args, **kwargs)
-        said, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, said[-3000:]
-        return self.steps(args[1])
-
-    def steps(self, metrics: str) -> list[dict]:
-        lines = [json.loads(line) for line in (self.root / metrics).read_text().splitlines()]
-        keep = ("iteration", "loss/final", "loss/exit_1", "loss/exit_3", "grad_norm", "lr", "consumed_samples")
-        return [{name: line[name] for name in keep} for line in lines if "loss/final" in line]
-
-
-@pytest.fixture(scope="module")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Launcher:
-    return Launcher(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.mark.parametrize(
-    "layout", ["pp2", pytest.param("tp2", marks=pytest.mark.slow), pytest.param("dp2", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["pp2", "tp2", "dp2"])
 def test_resumed_in_the_same_layout_bit_for_bit(launcher: Launcher, layout: str) -> None:
+    """Of pp2, test_two_nodes.py has a faster one."""
     ranks, flags = PARALLEL[layout]
     whole = launcher.run(ranks, f"{layout}-whole.jsonl", **flags)
     save = {"save": launcher.root / layout, "load": launcher.root / layout}
@@ -80,52 +39,71 @@ def test_resumed_in_another_layout(launcher: Launcher) -> None:
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def worker_pids(process: subprocess.Popen) -> list[int]:
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(pid) for pid in children if str(SCRIPT) in Path(f"/proc/{pid}/cmdline").read_text()]
+def signal_process(process: subprocess.Popen, number: int) -> None:
+    os.kill(process.pid, number)
 
 
-def wait_for_steps(launcher: Launcher, metrics: str, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        path = launcher.root / metrics
-        if path.exists() and path.read_text().count("loss/final") >= count:
-            return
-        time.sleep(0.05)
-    raise AssertionError("the run did not begin")
+def signal_group(process: subprocess.Popen, number: int) -> None:
+    os.killpg(process.pid, number)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks through Linux's /proc")
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(launcher: Launcher) -> None:
-    save = launcher.root / "stopped"
-    process = launcher.start(2, "stopped.jsonl", train_iters=100000, save=save, **PARALLEL["pp2"][1])
-    wait_for_steps(launcher, "stopped.jsonl", 2)
-    os.kill(worker_pids(process)[1], signal.SIGTERM)
+def reach_training(launcher: Launcher, process: subprocess.Popen, metrics: str, save: Path) -> None:
+    launcher.wait_for_steps(process, metrics, 2)
+
+
+def reach_save(launcher: Launcher, process: subprocess.Popen, metrics: str, save: Path) -> None:
+    wait_for(lambda: any(save.glob("iter_*.staging-*/*")) or process.poll() is not None, "nothing was saved")
+
+
+def reach_evaluation(launcher: Launcher, process: subprocess.Popen, metrics: str, save: Path) -> None:
+    """The third step is the last one before an evaluation that doesn't end by itself."""
+    launcher.wait_for_steps(process, metrics, 3)
+
+
+# How a run comes to where the signal meets it: flags and environment, and how the test knows.
+MOMENTS = {
+    "training": ({}, {}, reach_training),
+    "save": ({"save_interval": 2}, {"EE_LLM_FAULTS": "commit.manifest@1:delay=3"}, reach_save),
+    "evaluation": ({"train_iters": 6, "eval_interval": 3, "eval_iters": 5000}, {}, reach_evaluation),
+}
+TARGETS = {"torchrun": signal_process, "group": signal_group}
+SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
+QUICK = {("SIGTERM", "torchrun", "save"), ("SIGINT", "group", "evaluation")}
+CASES = [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in itertools.product(SIGNALS, TARGETS, MOMENTS)
+]
+
+
+@ON_LINUX
+@pytest.mark.parametrize(("name", "target", "moment"), CASES)
+def test_a_signal_to_torchrun_stops_at_the_steps_border(
+    launcher: Launcher, name: str, target: str, moment: str
+) -> None:
+    """torchrun hands it on once; every rank ends with 0, after one checkpoint of the last step."""
+    tag = f"{name}-{target}-{moment}"
+    save, metrics, (flags, env, reach) = launcher.root / tag, f"{tag}.jsonl", MOMENTS[moment]
+    flags = {"train_iters": 100000, "save": save, **PARALLEL["pp2"][1]} | flags
+    process = launcher.start(2, metrics, env=env, **flags)
+    reach(launcher, process, metrics, save)
+    TARGETS[target](process, SIGNALS[name])
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, said[-3000:]
-    assert recognise(save).iteration == launcher.steps("stopped.jsonl")[-1]["iteration"]
+    assert not workers(launcher.root / metrics)
+    status = json.loads((save / "run_status.json").read_text())
+    assert (status["state"], status["exit_code"], status["reason"]) == ("ended", 0, f"{name} received"), said[-3000:]
+    last = launcher.steps(metrics)[-1]["iteration"]
+    assert status["iteration"] == recognise(save).iteration == last
+    assert "\nerror: " not in said, said[-3000:]  # torchrun itself ends with a traceback that names the signal
+    saved_before = {2} if moment == "save" else set()
+    assert set(iterations(save)) == saved_before | {last}
+
+
+@ON_LINUX
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(launcher: Launcher) -> None:
+    save, metrics = launcher.root / "stopped", "stopped.jsonl"
+    process = launcher.start(2, metrics, train_iters=100000, save=save, **PARALLEL["pp2"][1])
+    launcher.wait_for_steps(process, metrics, 2)
+    os.kill(workers(launcher.root / metrics)[1], signal.SIGTERM)
+    finished(process)
+    assert recognise(save).iteration == launcher.steps(metrics)[-1]["iteration"]
     assert json.loads((save / "run_status.json").read_text())["reason"] == "SIGTERM received"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks through Linux's /proc")
-@pytest.mark.parametrize("layout", ["pp2", pytest.param("dp2", marks=pytest.mark.slow)])
-def test_a_rank_that_dies_ends_the_run_and_a_restart_goes_on(launcher: Launcher, layout: str) -> None:
-    ranks, flags = PARALLEL[layout]
-    whole = launcher.run(ranks, f"{layout}-undisturbed.jsonl", train_iters=40, lr_decay_iters=40, **flags)
-    save = {"save": launcher.root / f"{layout}-killed", "load": launcher.root / f"{layout}-killed", "save_interval": 2}
-    metrics = f"{layout}-killed.jsonl"
-    process = launcher.start(ranks, metrics, "--max-restarts=1", train_iters=40, lr_decay_iters=40, **flags, **save)
-    wait_for_steps(launcher, metrics, 5)
-    os.kill(worker_pids(process)[1], signal.SIGKILL)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said[-3000:]
-    last = {line["iteration"]: line for line in launcher.steps(metrics)}
-    assert list(last.values()) == whole
-    assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and _is_rank(pid, metrics)]
-
-
-def _is_rank(pid: str, metrics: str) -> bool:
-    try:
-        return metrics in Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return False

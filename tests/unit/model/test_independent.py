@@ -7,7 +7,7 @@ from megatron.config.model import ExitConfig, ModelConfig
 from megatron.exits.loss import Objective
 from megatron.exits.spec import exit_specs
 from megatron.model.stage import Stage
-from megatron.testing.tiny import accumulate, build_gpt, random_batch
+from megatron.testing.tiny import accumulate, build_gpt, evaluate_heads, random_batch
 from tests.unit.model.independent import losses_and_gradients, scores
 
 VOCAB, PADDED = 60, 64
@@ -74,7 +74,7 @@ def test_evaluation(case: str) -> None:
     with torch.no_grad():  # padding rows that would win
         model.output_weight("final")[VOCAB:] *= 30
     batch = random_batch(4, 16, VOCAB, eod_mask_loss=True)
-    ours = Stage(model.eval(), VOCAB).evaluate(batch)
+    ours = evaluate_heads(model, batch, VOCAB)
     expected = scores({name: p.detach() for name, p in model.named_parameters()}, batch, config, exits, VOCAB)
     assert ours.keys() == expected.keys()
     for head, (loss, correct, agree) in expected.items():

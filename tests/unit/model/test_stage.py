@@ -12,7 +12,7 @@ from megatron.model.gpt import GPT
 from megatron.model.partition import partition
 from megatron.model.stage import Stage
 from megatron.parallel.rng import DropoutStream
-from megatron.testing.tiny import accumulate, build_gpt, model_config, random_batch
+from megatron.testing.tiny import accumulate, build_gpt, evaluate_heads, model_config, random_batch
 
 EXITS = {
     "none": ExitConfig(),
@@ -155,7 +155,7 @@ def test_per_token_loss_weighs_tokens_alike():
     terms, _ = staged_gradients(
         model, batches, objective(ExitConfig(), mean_tokens=torch.tensor(8.0, dtype=torch.float64))
     )
-    scores = [Stage(model.eval()).evaluate(batch)[FINAL].loss for batch in batches]
+    scores = [evaluate_heads(model, batch)[FINAL].loss for batch in batches]
     torch.testing.assert_close(sum(term.loss[FINAL] for term in terms) / 2, sum(scores) / 16)
 
 
@@ -172,7 +172,7 @@ def test_evaluation_scores_every_head():
     exits = EXITS["tied"]
     model = build_gpt(model_config(), exits).eval()
     batch = random_batch(eod_mask_loss=True)
-    scores = Stage(model, vocab_size=40).evaluate(batch)
+    scores = evaluate_heads(model, batch, 40)
     assert list(scores) == ["1", "3", FINAL]
     assert float(scores[FINAL].agree) == float(batch.loss_mask.sum())
     for label, score in scores.items():

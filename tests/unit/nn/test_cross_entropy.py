@@ -1,9 +1,12 @@
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
+from megatron.nn import cross_entropy
 from megatron.nn.cross_entropy import VocabShard, linear_cross_entropy
 
 
@@ -42,6 +45,20 @@ def test_equals_plain_loss_and_gradients(temperature, dynamic, max_logits):
     torch.testing.assert_close(ours.loss, loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(ours.grad_hidden, 0.3 * d_hidden, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(grad_weight, 1 + 0.3 * d_weight, rtol=1e-10, atol=1e-14)
+
+
+def test_one_chunk_of_logits_is_alive_at_a_time(monkeypatch):
+    hidden, weight, labels, counts = example()
+    chunks, normalise = [], cross_entropy._normalise
+
+    def watch(logits, *rest):
+        assert all(chunk() is None for chunk in chunks)
+        chunks.append(weakref.ref(logits))
+        return normalise(logits, *rest)
+
+    monkeypatch.setattr(cross_entropy, "_normalise", watch)
+    linear_cross_entropy(hidden, weight, labels, counts, max_logits=50 * 7, grad_weight=torch.zeros_like(weight))
+    assert len(chunks) == 6
 
 
 def test_argmax_and_confidence():

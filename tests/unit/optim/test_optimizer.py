@@ -1,12 +1,15 @@
 """The optimizer against torch's own on the same numbers, in every number format, and when gradients are not finite."""
 
 import math
+import sys
+import types
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from megatron.config.training import OptimizerConfig
+from megatron.errors import ConfigError
 from megatron.optim.optimizer import TrainingOptimizer, is_decayed
 
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
@@ -270,3 +273,51 @@ def test_counts_zero_gradients_and_measures_weights():
     assert optimizer.parameter_norm() == pytest.approx(
         math.sqrt(sum(float(p.detach().double().pow(2).sum()) for p in net.parameters())), rel=1e-6
     )
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """apex's interface: moments by parameter, steps by group; the arithmetic is AdamW's."""
+
+    def __init__(self, groups: list[dict], lr: float, betas: tuple, eps: float, adam_w_mode: bool) -> None:
+        assert adam_w_mode
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
+
+    def step(self) -> None:
+        for group in self.param_groups:
+            group["step"] = step = group.get("step", 0) + 1
+            first, second = group["betas"]
+            for p in group["params"]:
+                mean, square = self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"]
+                mean.lerp_(p.grad, 1 - first)
+                square.mul_(second).addcmul_(p.grad, p.grad, value=1 - second)
+                p.data.mul_(1 - group["lr"] * group["weight_decay"])
+                root = (square / (1 - second**step)).sqrt_().add_(group["eps"])
+                p.data.addcdiv_(mean, root, value=-group["lr"] / (1 - first**step))
+
+
+def test_apex_is_used_where_asked_for_and_counts_its_steps(monkeypatch: pytest.MonkeyPatch):
+    apex = types.ModuleType("apex")
+    apex.optimizers = types.ModuleType("apex.optimizers")
+    apex.optimizers.FusedAdam = FusedAdam
+    monkeypatch.setitem(sys.modules, "apex", apex)
+    monkeypatch.setitem(sys.modules, "apex.optimizers", apex.optimizers)
+    nets = Net(), Net()
+    ours, theirs = optimizer_of(nets[0]), optimizer_of(nets[1], adam_implementation="apex")
+    assert isinstance(theirs.inner, FusedAdam)
+    for seed in range(3):
+        for net, optimizer in zip(nets, (ours, theirs), strict=True):
+            optimizer.zero_grad()
+            backward(net, seed)
+            optimizer.step(0.1, 0.01, 1.0, True)
+    expected = snapshot(nets[0], ours)
+    for name, tensor in snapshot(nets[1], theirs).items():
+        torch.testing.assert_close(tensor, expected[name], msg=name)
+    assert (ours.steps, theirs.steps) == (3, 3)
+    theirs.steps = 7
+    assert theirs.steps == 7
+    assert {group["step"] for group in theirs.inner.param_groups} == {7}
+
+
+def test_apex_that_is_not_there_is_one_clear_line():
+    with pytest.raises(ConfigError, match="needs NVIDIA's apex"):
+        optimizer_of(Net(), adam_implementation="apex")

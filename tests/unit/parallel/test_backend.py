@@ -48,6 +48,26 @@ def test_nccl_without_a_gpu_is_refused(gpu):
         Backend.choose("nccl")
 
 
+@pytest.mark.parametrize(("visible", "expected"), [(4, "cuda:2"), (1, "cuda:0")])
+def test_each_process_of_a_machine_takes_its_gpu(gpu, monkeypatch, visible: int, expected: str):
+    """Or the only one, where each process is shown but its own."""
+    gpu("NVIDIA H200")
+    made_current = []
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    assert str(Backend.choose().device) == expected
+    assert made_current == [torch.device(expected)]
+
+
+def test_more_processes_than_gpus_are_refused(gpu, monkeypatch):
+    gpu("NVIDIA H200")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="process 2 of this machine has no GPU, 2 are visible: start 2 processes"):
+        Backend.choose()
+
+
 def test_a_cpu_has_nothing_to_wait_for():
     assert not CPU.is_cuda
     CPU.synchronize()
@@ -99,3 +119,14 @@ def test_peak_memory_is_not_the_parents():
     command = "from megatron.parallel.backend import peak_resident_bytes as peak; print(peak())"
     done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
     assert 10e6 < int(done.stdout) < len(large)
+
+
+def test_one_hardware_queue_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, cpu = Backend(torch.device("cuda", 0), "nccl"), Backend(torch.device("cpu"), "gloo")
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    assert not gpu.has_one_queue
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    assert gpu.has_one_queue
+    assert not cpu.has_one_queue
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    assert not gpu.has_one_queue

@@ -72,7 +72,9 @@ def test_heads_where_ranks_wait_cost_nothing() -> None:
     """Before each backward they make the first stage the slowest; placed, they hide in its warm-up."""
     job = setup(batch=4, device=NO_LINKS)
     job = replace(job, config=replace(job.config, exits=ExitConfig(exit_layer_nums=(1, 2), use_exit_mlp=True)))
-    assert estimate(job, planned_heads=True).forward_backward < estimate(job).forward_backward
+    placed = replace(job.config.parallel, exit_placement="planned")
+    planned = replace(job, config=replace(job.config, parallel=placed))
+    assert estimate(planned).forward_backward < estimate(job).forward_backward
 
 
 def test_memory_says_what_fits() -> None:

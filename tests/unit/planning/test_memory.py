@@ -8,11 +8,11 @@ from megatron.config.training import OptimizerConfig, TrainingConfig
 from megatron.exits.spec import exit_specs
 from megatron.model.gpt import GPT
 from megatron.model.partition import partition
-from megatron.optim import gradient_sync
+from megatron.optim import buckets, gradient_sync
 from megatron.optim.optimizer import TrainingOptimizer
 from megatron.planning.activations import Activations
 from megatron.planning.costs import stage_costs
-from megatron.planning.memory import BUCKET, training_state, with_memory
+from megatron.planning.memory import BUCKET, UNDER_WAY, training_state, with_memory
 from megatron.planning.parameters import rank_parameters
 from megatron.schedule.actions import Pipeline
 from megatron.schedule.generate import gpipe, one_f_one_b
@@ -45,7 +45,7 @@ def test_a_sharded_optimizer_keeps_its_share() -> None:
 
 
 def test_buckets_are_those_of_the_optimizer() -> None:
-    assert BUCKET == gradient_sync._BUCKET
+    assert (BUCKET, UNDER_WAY) == (buckets.BUCKET, gradient_sync._MOST_FLYING + 1)
 
 
 def test_peaks_follow_the_schedule() -> None:

@@ -43,7 +43,6 @@ def test_ranks_hold_what_is_counted(model, exits) -> None:
             gpt = built(model, exits, mine, tp)
             sizes = {name: parameter.numel() for name, parameter in gpt.named_parameters()}
             assert found.total == sum(sizes.values())
-            assert found.largest == max(sizes.values())
             assert found.layers == sum(size for name, size in sizes.items() if name.startswith("layers."))
 
 

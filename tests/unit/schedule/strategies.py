@@ -60,14 +60,17 @@ def stage_costs(draw, num_stages, messages=True):
     return costs
 
 
-def shuffled(pipeline: Pipeline, seed: int) -> Schedule:
-    """The computes of 1F1B in a random order that respects what builds on what, E and halves of B anywhere."""
+def shuffled(pipeline: Pipeline, seed: int, partial: bool = False) -> Schedule:
+    """A step's computes in a random order that respects what builds on what, E and halves of B anywhere.
+
+    partial: some microbatches turn back early, or are dropped on the first stages.
+    """
     rng = random.Random(seed)
-    computes = [a for rank in GENERATORS["1f1b"](pipeline) for a in rank]
-    todo: list[Action] = []
-    for action in computes:
-        halves = action.op is Op.BACKWARD and rng.random() < 0.5
-        todo += [action._replace(op=Op.INPUT), action._replace(op=Op.WEIGHT)] if halves else [action]
+    spans = [
+        _span(pipeline, rng) if partial else (0, pipeline.active_stages - 1) for _ in range(pipeline.num_microbatches)
+    ]
+    spans[rng.randrange(len(spans))] = (0, pipeline.active_stages - 1)
+    todo = [action for m, span in enumerate(spans) for action in _computes(pipeline, m, span, rng)]
     flow = Flow.of(Schedule.of([todo]))
     done: set[Action] = set()
     ranks: list[list[Action]] = [[] for _ in range(pipeline.num_ranks)]
@@ -79,6 +82,28 @@ def shuffled(pipeline: Pipeline, seed: int) -> Schedule:
     return Schedule.of(ranks)
 
 
+def _span(pipeline: Pipeline, rng: random.Random) -> tuple[int, int]:
+    """First and last stage of a microbatch's way back: a filler's, one that is dropped, or a whole one's."""
+    last = pipeline.active_stages - 1
+    turns = sorted(pipeline.heads - {last})
+    kind = rng.choice(["whole", "whole", "filler", "dropped"])
+    if pipeline.tuning or (kind == "filler" and not turns):
+        return 0, last
+    return {"whole": (0, last), "filler": (0, rng.choice(turns or [last])), "dropped": (rng.randint(0, last), last)}[
+        kind
+    ]
+
+
+def _computes(pipeline: Pipeline, m: int, span: tuple[int, int], rng: random.Random) -> list[Action]:
+    actions = []
+    for stage in range(span[1] + 1):
+        back = [[Op.BACKWARD], [Op.INPUT, Op.WEIGHT]][rng.randrange(2)]
+        heads = [Op.HEADS] if stage in pipeline.heads else []
+        after = [Op.DROP] if stage < span[0] else heads if pipeline.tuning else heads + back
+        actions += [Action(stage, op, m) for op in [Op.FORWARD, *after]]
+    return actions
+
+
 def _ready(action: Action, flow: Flow, done: set[Action], pipeline: Pipeline) -> bool:
     stage, op, microbatch = action
     needs = flow.needs(action)
@@ -86,7 +111,8 @@ def _ready(action: Action, flow: Flow, done: set[Action], pipeline: Pipeline) ->
         makers = [Op.FORWARD] if op is Op.FORWARD else [Op.BACKWARD, Op.INPUT]
         if not any(Action(other_end(needs).stage, maker, microbatch) in done for maker in makers):
             return False
-    before = {Op.FORWARD: [], Op.HEADS: [Op.FORWARD], Op.WEIGHT: [Op.INPUT]}.get(op, [Op.FORWARD, Op.HEADS])
+    own = {Op.FORWARD: [], Op.HEADS: [Op.FORWARD], Op.DROP: [Op.FORWARD], Op.WEIGHT: [Op.INPUT]}
+    before = own.get(op, [Op.FORWARD, Op.HEADS])
     if stage not in pipeline.heads:
         before = [earlier for earlier in before if earlier is not Op.HEADS]
     return all(Action(stage, earlier, microbatch) in done for earlier in before)

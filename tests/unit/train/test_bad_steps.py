@@ -71,7 +71,7 @@ def bad_steps(monkeypatch: pytest.MonkeyPatch):
     """Call it with the iterations whose loss shall be NaN."""
 
     def arm(*iterations: int) -> None:
-        def step(trainer, batches):
+        def step(trainer, batches, recorder=None):
             norm = trainer.model.final_norm
             bad = trainer.progress.iteration + 1 in iterations
             hook = norm.register_forward_hook(lambda _module, _inputs, out: out * (math.nan if bad else 1))

@@ -137,7 +137,7 @@ def spiky_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Call it with the iterations in which the final hidden states shall be far too large."""
 
     def arm(*iterations: int) -> None:
-        def step(trainer: Trainer, batches: list) -> object:
+        def step(trainer: Trainer, batches: list, recorder: object = None) -> object:
             bad = trainer.progress.iteration + 1 in iterations
             handle = trainer.model.final_norm.register_forward_hook(lambda _m, _i, out: out * 300.0 if bad else out)
             try:

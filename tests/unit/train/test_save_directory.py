@@ -24,7 +24,7 @@ def test_save_directory_with_foreign_content_is_refused_at_once(runs: Runs, capf
 def test_foreign_content_that_comes_while_it_trains_is_a_failed_save(runs: Runs, capfd, monkeypatch) -> None:
     save = runs.root / "save"
 
-    def step(trainer, batches):
+    def step(trainer, batches, recorder=None):
         if trainer.progress.iteration == 5:
             (save / "iter_0000008").mkdir()
             (save / "iter_0000008" / "notes.txt").write_text("mine")
