@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class TrainingOptimizer:
         self.clip_grad = config.clip_grad
         self.masters = {name: _master(p, self.sync) for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
-            _attach_gradient_buffer(p, partial(self.sync.made, name) if self.sync.overlaps else None)
+            _attach_gradient_buffer(p, partial(_tell, WeakMethod(self.sync.made), name) if self.sync.overlaps else None)
         self.sync.make_buckets()
         for name, p in self.parameters.items():
             self.masters[name].grad = self.sync.own(p.main_grad)
@@ -157,6 +158,13 @@ def _master(parameter: nn.Parameter, sync: GradientSync) -> nn.Parameter:
     if parameter.dtype in (torch.float16, torch.bfloat16):
         return nn.Parameter(sync.own(parameter.detach()).float())
     return nn.Parameter(sync.own(parameter.detach())) if sync.sharded else parameter
+
+
+def _tell(listener: WeakMethod, name: str) -> None:
+    """Call the listener with a parameter's name; a hook that held it would keep itself, and all groups, alive."""
+    method = listener()
+    if method is not None:
+        method(name)
 
 
 def _attach_gradient_buffer(parameter: nn.Parameter, made: Callable[[], None] | None) -> None:

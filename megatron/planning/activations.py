@@ -66,7 +66,7 @@ class Activations:
         return self._mlp() + self._dropped()
 
     def forward(self, stage: StageSpec, training: TrainingConfig) -> int:
-        """What F keeps for B of a stage."""
+        """What F keeps for E and B of a stage; its output goes to the next one."""
         selective = training.recompute_granularity == "selective"
         spans = segments(stage, training)
         kept = sum((last - first) * self.layer(selective) for first, last, recompute in spans if not recompute)
@@ -150,7 +150,7 @@ class Activations:
 
     def _borders(self, stage: StageSpec, training: TrainingConfig) -> set[int]:
         """Before which layers the hidden state is kept: for norms, for recomputing, for exits, as a message."""
-        kept = {stage.last} | (set() if stage.is_first else {stage.first})
+        kept = ({stage.last} if stage.is_last else set()) | (set() if stage.is_first else {stage.first})
         for first, last, recompute in segments(stage, training):
             kept |= {first} if recompute else set(range(first, last)) if self.keeps_norm_inputs else set()
         return kept | {spec.layer + (spec.tap == "output") for spec in stage.exits if spec.tap != "mlp"}

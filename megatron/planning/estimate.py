@@ -12,7 +12,7 @@ from megatron.model.partition import StageSpec, replicas, stages_of
 from megatron.planning.activations import Activations
 from megatron.planning.costs import stage_costs
 from megatron.planning.device import Device
-from megatron.planning.memory import GRADIENT, State, messages, training_state, with_memory
+from megatron.planning.memory import BUCKET, GRADIENT, State, messages, training_state, with_memory
 from megatron.planning.parameters import Parameters, rank_parameters
 from megatron.planning.schedules import make_schedule
 from megatron.schedule.actions import Pipeline
@@ -177,7 +177,8 @@ def estimate(setup: Setup) -> Estimate:
         microbatches=count,
         ranks=tuple(ranks),
         forward_backward=makespan,
-        reduction=max(reduction_time(setup, rank.parameters) for rank in ranks) + copies_time(setup, stages),
+        reduction=max(_visible(setup, one.parameters, costs[rank::p]) for rank, one in enumerate(ranks))
+        + copies_time(setup, stages),
         update=max(update_time(setup, rank.parameters) for rank in ranks),
         timeline=timeline,
         shown=shown,
@@ -208,13 +209,27 @@ def _extrapolated(
     return makespan, tuple(now + periods * (now - then) for now, then in pairs), timeline, few
 
 
-def reduction_time(setup: Setup, parameters: Parameters) -> float:
-    """Sums of gradients over the data-parallel ranks, after the backward, and with ZeRO-1 the weights' way back."""
+def reduction_time(setup: Setup, parameters: Parameters) -> tuple[float, float]:
+    """Sums of gradients over the data-parallel ranks, and with ZeRO-1 the weights' way back."""
     dp, tp = setup.dp, setup.config.parallel.tensor_model_parallel_size
     if dp == 1:
-        return 0.0
-    passes = GRADIENT + setup.elements if setup.config.parallel.use_distributed_optimizer else 2 * GRADIENT
-    return parameters.total * passes * (dp - 1) / dp / setup.device.link("dp", tp * dp)
+        return 0.0, 0.0
+    once = parameters.total * (dp - 1) / dp / setup.device.link("dp", tp * dp)
+    if setup.config.parallel.use_distributed_optimizer:
+        return once * GRADIENT, once * setup.elements
+    return 2 * once * GRADIENT, 0.0
+
+
+def _visible(setup: Setup, parameters: Parameters, costs: Sequence[Costs]) -> float:
+    """What the last backward passes of a rank's stages don't hide: buckets leave as they are made, the last at the end.
+
+    A split backward makes its gradients at the end.
+    """
+    there, back = reduction_time(setup, parameters)
+    split = setup.config.parallel.pipeline_schedule == "zb-h1"
+    hidden = 0.0 if split else sum(cost.input + cost.weight for cost in costs)
+    last = there * min(1.0, BUCKET / parameters.total)
+    return max(there - hidden, last) + back
 
 
 def copies_time(setup: Setup, stages: tuple[StageSpec, ...]) -> float:

@@ -256,7 +256,7 @@ class Family:
             parameters = rank_parameters(
                 setup.config.model, setup.config.exits, stages[rank::pp], setup.rows, setup.activations().tp
             )
-            time = max(time, reduction_time(setup, parameters) + update_time(setup, parameters))
+            time = max(time, sum(reduction_time(setup, parameters)) + update_time(setup, parameters))
             state = training_state(
                 parameters, setup.elements, setup.dp, setup.config.parallel.use_distributed_optimizer,
                 setup.config.optimizer.optimizer == "adam",

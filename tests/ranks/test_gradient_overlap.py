@@ -1,5 +1,8 @@
 """Gradients are summed bucket by bucket while the last backward pass goes on, and are those of one process."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -76,3 +79,17 @@ def test_buckets_leave_during_the_last_backward_pass(ranks: Ranks, dtype: torch.
     during = [when for when in logs[0] if when != "after"]
     assert set(during) == {"backward 3"}
     assert len(during) >= 4 * 4  # each of the four layers' four matrices is larger than a bucket
+
+
+def threads_beside_a_trainer(mesh: Mesh, config: RunConfig) -> int:
+    """Threads of this process while a trainer and its process groups are there."""
+    trainer = build(mesh, config, torch.float32)
+    assert trainer.optimizer.sync.overlaps
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in Linux's /proc")
+def test_a_trainer_that_is_gone_leaves_no_process_groups(ranks: Ranks) -> None:
+    config = toy_config(*EXITS.split())
+    first, *_, last = (max(ranks.run(threads_beside_a_trainer, config, dp=2)) for _ in range(6))
+    assert last < first + 5  # each trainer has nine of its own

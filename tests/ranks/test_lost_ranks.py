@@ -57,20 +57,18 @@ def test_killed_and_started_again_it_is_the_undisturbed_run(launcher: Launcher, 
     assert not workers(launcher.root / metrics)
 
 
-@pytest.mark.parametrize(
-    ("layout", "grace"), [("dp2", 15), pytest.param("pp2dp2", 5, marks=pytest.mark.slow)]
-)  # seconds; the full figure is for a machine that does nothing else
+@pytest.mark.parametrize(("layout", "grace"), [("dp2", 15), pytest.param("pp2dp2", 5, marks=pytest.mark.slow)])
 def test_a_rank_that_hangs_ends_the_others_in_time(launcher: Launcher, layout: str, grace: int) -> None:
+    """`grace`: seconds after the timeout; the smaller figure is for a machine that does nothing else."""
     (ranks, flags), minutes, metrics = PARALLEL[layout], 0.15, f"{layout}-hangs.jsonl"
-    ending = 2 if ranks == 2 else 10  # torchrun's patience with the others, from the first that ends on
-    process = launcher.start(
-        ranks, metrics, f"--shutdown-timeout={ending}", train_iters=100000, distributed_timeout_minutes=minutes, **flags
-    )
+    process = launcher.start(ranks, metrics, train_iters=100000, distributed_timeout_minutes=minutes, **flags)
     launcher.wait_for_steps(process, metrics, 3)
     running = workers(launcher.root / metrics)
     stopped = running.pop(1)
     os.kill(stopped, signal.SIGSTOP)
     took = wait_for(lambda: not any(map(alive, running.values())), "a rank still waits for the one that hangs")
+    if layout == "dp2":  # torchrun does it after 30 seconds, which the other layout waits for
+        os.kill(stopped, signal.SIGKILL)
     said = finished(process, code=1)
     assert took < minutes * 60 + grace
     assert not alive(stopped)

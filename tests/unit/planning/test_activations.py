@@ -59,7 +59,8 @@ def kept_bytes(model, exits: ExitConfig, dtype: torch.dtype, training: TrainingC
 
     with saved_tensors_hooks(hold, lambda tensor: tensor):
         found = Stage(gpt, spec=spec).forward(batch, DropoutStream(1, 0, 0), received)
-    handed = [found.hidden, *(tap for taps in found.taps.values() for tap in taps), *(found.context.rope or ())]
+    found.take_hidden()
+    handed = [*(tap for taps in found.taps.values() for tap in taps), *(found.context.rope or ())]
     handed += [] if received is None else [received]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*held, *handed)}
     return sum(size for place, size in storages.items() if place not in own)
