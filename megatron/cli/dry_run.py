@@ -17,6 +17,7 @@ from megatron.planning.device import Device, named_like, preset
 from megatron.planning.estimate import Estimate, Setup, estimate
 from megatron.planning.parameters import model_parameters
 from megatron.planning.search import RECOMPUTE, describe, nearest_recompute
+from megatron.train.tuning import untie_heads
 
 USUAL = "A100-80GB"  # where no GPU is found
 
@@ -27,8 +28,9 @@ def dry_run(config: RunConfig) -> None:
     For as many processes as torchrun launched or WORLD_SIZE says, else one data-parallel rank. Raises ConfigError where
     it doesn't fit the device, with the recompute by which it would.
     """
+    config = untie_heads(config)
     parallel = config.parallel
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_ranks
     setup = Setup(config, launched_size() or tp * pp, vocabulary_rows(config, tp), _device(config))
     found = estimate(setup)
     build_without_memory(setup, found)

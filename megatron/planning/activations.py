@@ -66,7 +66,10 @@ class Activations:
         return self._mlp() + self._dropped()
 
     def forward(self, stage: StageSpec, training: TrainingConfig) -> int:
-        """What F keeps for E and B of a stage; its output goes to the next one."""
+        """What F keeps for E and B of a stage, whose output goes to the next one: of a frozen backbone the taps alone."""
+        if stage.stop is not None:
+            taps = sum(2 if spec.tap == "mlp" else 1 for spec in stage.exits)
+            return taps * self.hidden + self._tables()
         selective = training.recompute_granularity == "selective"
         spans = segments(stage, training)
         kept = sum((last - first) * self.layer(selective) for first, last, recompute in spans if not recompute)
@@ -82,6 +85,8 @@ class Activations:
 
     def backward(self, stage: StageSpec, training: TrainingConfig) -> int:
         """What B needs beside what is kept, at its start: gradients of the last layer's tensors."""
+        if stage.stop is not None:
+            return 0
         wide = self._inner() * (3 if self.model.gated else 1)
         matrix = self.model.hidden_size * self.model.ffn_size // self.tp * self.elements
         return self.again(stage, training) + 2 * self.hidden + wide + matrix
@@ -91,7 +96,9 @@ class Activations:
         left = peak = 0
         for _ in stage.exits:
             peak = max(peak, left + self._features(exits) + self._loss())
-            left += self.hidden * (2 if exits.use_exit_mlp else 1)
+            left += self.hidden * (2 if exits.use_exit_mlp else 1) if stage.stop is None else 0
+        if stage.stop is not None:
+            return peak, 0
         if stage.is_last:
             peak = max(peak, left + self.norm() + self.hidden + self._loss())
             left += self.hidden

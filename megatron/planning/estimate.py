@@ -87,7 +87,7 @@ class Setup:
     def dp(self) -> int:
         """Data-parallel ranks. Raises ConfigError where the devices don't divide."""
         parallel = self.config.parallel
-        tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_ranks
         if self.world_size % (tp * pp):
             raise ConfigError(
                 f"{self.world_size} devices don't divide by tp={tp} times pp={pp}: change "
@@ -111,6 +111,10 @@ class Setup:
     def elements(self) -> int:
         """Bytes of a weight."""
         return 4 if self.config.precision.params_dtype == "float32" else 2
+
+    def learning(self, parameters: Parameters) -> int:
+        """How many of a rank's parameters are trained."""
+        return parameters.exits if self.config.parallel.tune_exit else parameters.total
 
     def activations(self) -> Activations:
         """Sizes of one microbatch's tensors."""
@@ -144,7 +148,7 @@ def estimate(setup: Setup) -> Estimate:
 
     Raises ConfigError or ScheduleError for what can't be run.
     """
-    config, p = setup.config, setup.config.parallel.pipeline_model_parallel_size
+    config, p = setup.config, setup.config.parallel.pipeline_ranks
     stages = stages_of(config.model, config.exits, config.parallel)
     costs, count = setup.costs(stages), setup.microbatches
 
@@ -165,7 +169,7 @@ def estimate(setup: Setup) -> Estimate:
             RankEstimate(
                 stages=mine,
                 parameters=parameters,
-                state=training_state(parameters, setup.elements, setup.dp, sharded, adam),
+                state=training_state(parameters, setup.elements, setup.dp, sharded, adam, config.parallel.tune_exit),
                 activations=peaks[rank] + waiting,
                 heads_peak=max(cost.heads_peak for cost in costs[rank::p]),
                 idle=1 - busy[rank] / makespan,
@@ -187,10 +191,10 @@ def estimate(setup: Setup) -> Estimate:
 
 def timeline_of(setup: Setup, microbatches: int) -> Timeline:
     """The pass over so many of the step's microbatches, simulated."""
-    config, p = setup.config, setup.config.parallel.pipeline_model_parallel_size
+    config, p = setup.config, setup.config.parallel.pipeline_ranks
     stages = stages_of(config.model, config.exits, config.parallel)
     costs, heads = setup.costs(stages), frozenset(stage.index for stage in stages if stage.heads)
-    pipeline = Pipeline(p, microbatches, heads, len(stages) // p)
+    pipeline = Pipeline(p, microbatches, heads, len(stages) // p, config.parallel.tune_exit)
     return simulate(make_schedule(config.parallel, pipeline, costs), costs)
 
 
@@ -214,7 +218,7 @@ def reduction_time(setup: Setup, parameters: Parameters) -> tuple[float, float]:
     dp, tp = setup.dp, setup.config.parallel.tensor_model_parallel_size
     if dp == 1:
         return 0.0, 0.0
-    once = parameters.total * (dp - 1) / dp / setup.device.link("dp", tp * dp)
+    once = setup.learning(parameters) * (dp - 1) / dp / setup.device.link("dp", tp * dp)
     if setup.config.parallel.use_distributed_optimizer:
         return once * GRADIENT, once * setup.elements
     return 2 * once * GRADIENT, 0.0
@@ -228,16 +232,16 @@ def _visible(setup: Setup, parameters: Parameters, costs: Sequence[Costs]) -> fl
     there, back = reduction_time(setup, parameters)
     split = setup.config.parallel.pipeline_schedule == "zb-h1"
     hidden = 0.0 if split else sum(cost.input + cost.weight for cost in costs)
-    last = there * min(1.0, BUCKET / parameters.total)
+    last = there * min(1.0, BUCKET / max(setup.learning(parameters), 1))
     return max(there - hidden, last) + back
 
 
 def copies_time(setup: Setup, stages: tuple[StageSpec, ...]) -> float:
     """Sums over the pipeline ranks that hold copies of the word embedding."""
     parallel, model = setup.config.parallel, setup.config.model
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_ranks
     holders = len(replicas(model, setup.config.exits, stages, pp).word)
-    if holders == 1:
+    if holders == 1 or parallel.tune_exit:
         return 0.0
     share = setup.dp if parallel.use_distributed_optimizer else 1
     size = setup.rows // tp * model.hidden_size * GRADIENT / share
@@ -248,7 +252,7 @@ def update_time(setup: Setup, parameters: Parameters) -> float:
     """The optimizer's: bound by memory."""
     share = setup.dp if setup.config.parallel.use_distributed_optimizer else 1
     moved = UPDATE_BYTES + (ROUNDING_BYTES if setup.elements < 4 else 0)
-    return parameters.total * moved / share / setup.device.memory_bandwidth
+    return setup.learning(parameters) * moved / share / setup.device.memory_bandwidth
 
 
 def _work(cost: Costs) -> float:

@@ -29,18 +29,21 @@ class State:
         return self.weights + self.gradients + self.optimizer
 
 
-def training_state(parameters: Parameters, elements: int, dp: int, sharded: bool, adam: bool = True) -> State:
+def training_state(
+    parameters: Parameters, elements: int, dp: int, sharded: bool, adam: bool = True, tuning: bool = False
+) -> State:
     """elements: bytes of a weight. sharded: the optimizer's state is spread over the data-parallel ranks (ZeRO-1).
+    tuning: exits alone learn.
 
     Weights of 16 bits have fp32 masters; the moments are fp32: two of Adam, one of SGD.
     """
-    count = parameters.total
+    count = parameters.exits if tuning else parameters.total
     own = -(-count // dp) if sharded else count
     masters = 4 if elements < 4 else 0
     exchange = 0
     if dp > 1:
         exchange = int(min(UNDER_WAY * BUCKET, count) * GRADIENT * (1 + 1 / dp if sharded else 1))
-    return State(count * elements, count * GRADIENT, own * (masters + (8 if adam else 4)), exchange)
+    return State(parameters.total * elements, count * GRADIENT, own * (masters + (8 if adam else 4)), exchange)
 
 
 def with_memory(

@@ -78,5 +78,7 @@ def exit_parameters(model: ModelConfig, exits: ExitConfig, padded_vocab_size: in
 
 def model_parameters(model: ModelConfig, exits: ExitConfig, stages: Sequence[StageSpec], padded_vocab_size: int) -> int:
     """All of the model's, each counted once."""
-    whole = StageSpec(0, stages[0].first, stages[-1].last, tuple(e for s in stages for e in s.exits), True, True)
+    whole = StageSpec(
+        0, stages[0].first, stages[-1].last, tuple(e for s in stages for e in s.exits), True, stages[-1].is_last
+    )
     return rank_parameters(model, exits, (whole,), padded_vocab_size).total

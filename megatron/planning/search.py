@@ -118,6 +118,8 @@ def describe(judged: Estimate) -> str:
 def schedule_name(judged: Estimate) -> str:
     """As in SCHEDULES."""
     parallel = judged.config.parallel
+    if parallel.tune_exit:
+        return "exits alone"
     if parallel.fill_explicit_bubbles:
         return "1f1b+fill"
     several = len(judged.ranks[0].stages) > 1

@@ -87,3 +87,18 @@ def test_what_does_not_divide_is_said() -> None:
         estimate(setup(world=6))
     with pytest.raises(ConfigError, match="--global-batch-size 15 does not divide"):
         estimate(setup(world=8, batch=15))
+
+
+def test_tuning_exits_keeps_no_backbone_for_a_backward_pass() -> None:
+    """A quarter of the model, gradients and optimizer of the exits alone, and forward passes without backward ones."""
+    job = setup(batch=4, device=NO_LINKS)
+    exits = ExitConfig(exit_layer_nums=(1,), untie_exit_output_weights=True, exit_norm="own")
+    parallel = ParallelConfig(tune_exit=True, pipeline_model_parallel_size=job.config.model.num_layers)
+    tuned = replace(job, config=replace(job.config, exits=exits, parallel=parallel), world_size=1)
+    full = replace(tuned, config=replace(tuned.config, parallel=ParallelConfig()))
+    (rank,), (whole,) = estimate(tuned).ranks, estimate(full).ranks
+    assert rank.parameters.layers * job.config.model.num_layers == whole.parameters.layers
+    assert rank.state.gradients == 4 * rank.parameters.exits
+    assert rank.state.optimizer <= 12 * rank.parameters.exits
+    assert rank.activations < whole.activations / 4
+    assert estimate(tuned).forward_backward < estimate(full).forward_backward / 3
