@@ -42,6 +42,8 @@ class Together:
             try:
                 outcome[0] = work()
             except Exception as caught:  # noqa: BLE001 - whatever it is, the others must not wait for ever
+                if isinstance(caught, EELLMError):
+                    caught.everywhere = True
                 error, outcome[1] = caught, _portable(caught)
         dist.broadcast_object_list(outcome, group=self.group, group_src=0)
         if error is not None:

@@ -23,7 +23,8 @@ _FUSION = "torch.compile fuses where asked; otherwise plain kernels run"
 _OVERLAP = "communication is ordered by our own schedule"
 _LOGGED = "always logged"
 _TIMING = "step time and throughput are always reported"
-_EXPERTS = "mixture-of-experts layers are not supported"
+_EXPERTS = "mixture-of-experts layers are not there yet"
+_CONTEXT = "context parallelism is not there yet; --sequence-parallel shards activations along the sequence"
 _STREAMS = "random streams are derived from the seed: there is no state to save or load"
 _ENGINE = "of Transformer Engine its fp8 products alone are used, with scales of their own: see --fp8-format"
 
@@ -46,6 +47,7 @@ ACCEPTED: tuple[Accepted, ...] = (
     Accepted("--no-delay-grad-reduce", _OVERLAP),
     Accepted("--no-scatter-gather-tensors-in-pipeline", _OVERLAP),
     Accepted("--use-ring-exchange-p2p", _OVERLAP),
+    Accepted("--context-parallel-size", "1 means no context parallelism", 1, ("1",), _CONTEXT),
     Accepted("--expert-model-parallel-size", "1 means no expert parallelism", 1, ("1",), _EXPERTS),
     Accepted("--local-rank", "the launcher's environment says it", 1),
     Accepted("--local_rank", "the launcher's environment says it", 1),
@@ -103,6 +105,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     ("ONNX export is not supported", "--onnx-safe"),
     ("process groups are always made by the run itself", "--lazy-mpu-init"),
     (_EXPERTS, "--num-experts --expert-parallel"),
+    (_CONTEXT, "--cp-comm-type"),
     (
         _ENGINE,
         "--fp8-margin --fp8-interval --fp8-amax-history-len --fp8-amax-compute-algo "

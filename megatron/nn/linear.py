@@ -33,17 +33,19 @@ class WeightGradients:
         finally:
             self._waiting = None
 
-    def add(self, weight: nn.Parameter, compute: Callable[[], Tensor]) -> Tensor | None:
-        """The gradient of `weight`, or None where it is kept for later."""
-        if self._waiting is None:
-            return compute()
+    @property
+    def waits(self) -> bool:
+        """Whether backward passes are within a `deferring` block."""
+        return self._waiting is not None
+
+    def keep(self, weight: nn.Parameter, compute: Callable[[], Tensor]) -> None:
+        """What is to be added to the gradient of `weight` later."""
 
         @torch.no_grad()
-        def add_now() -> None:
+        def add() -> None:
             weight.main_grad.add_(compute())
 
-        self._waiting.append(add_now)
-        return None
+        self._waiting.append(add)
 
 
 class ColumnParallelLinear(nn.Module):
@@ -132,14 +134,18 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         (x, weight), tp = ctx.saved_tensors, ctx.tp
         for_x, for_weight, for_bias, *_ = ctx.needs_input_grad
-        x_grad = grad @ weight if for_x else None
-        reducing = None
+        rows, now = grad.flatten(0, -2), for_weight and not ctx.later.waits
+        whole, gathering = tp.start_gather(x) if now and tp.sequence else (x, None)
+        x_grad = grad @ weight if for_x else None  # while the input is gathered
+        if gathering is not None:
+            gathering.wait()
+        reducing = weight_grad = None
         if for_x and tp.size > 1:
-            x_grad, reducing = tp.start_reduce(x_grad)
-        rows = grad.flatten(0, -2)
-        weight_grad = None
-        if for_weight:
-            weight_grad = ctx.later.add(ctx.weight, lambda: rows.t() @ tp.gather(x).flatten(0, -2))
+            x_grad, reducing = tp.start_reduce(x_grad)  # while the matrix's gradient is computed
+        if now:
+            weight_grad = rows.t() @ whole.flatten(0, -2)
+        elif for_weight:
+            ctx.later.keep(ctx.weight, lambda: rows.t() @ tp.gather(x).flatten(0, -2))
         bias_grad = rows.sum(0) if ctx.has_bias and for_bias else None
         if reducing is not None:
             reducing.wait()

@@ -57,15 +57,18 @@ def own_rows(parameter: Tensor, mesh: Mesh, rank: int | None = None) -> slice:
 class Segments:
     """The rows of a bucket sorted by the data-parallel rank that updates them, each rank's in one piece.
 
-    Pieces have one length, that of the longest: collectives want it so.
+    Pieces have one length, that of the longest: collectives want it so. Where all ranks have as many rows, tensors are
+    sorted in one copy each, however many ranks there are.
     """
 
     def __init__(self, bucket: Bucket, tensors: Sequence[Tensor], mesh: Mesh) -> None:
+        self._size = mesh.size("dp")
         self._rows = [
-            [tensor[_part(own_rows(tensor, mesh, rank), bucket)] for tensor in tensors]
-            for rank in range(mesh.size("dp"))
+            [tensor[_part(own_rows(tensor, mesh, rank), bucket)] for tensor in tensors] for rank in range(self._size)
         ]
         self.length = max(sum(rows.numel() for rows in mine) for mine in self._rows)
+        even = all(tensor.shape[0] % self._size == 0 for tensor in tensors)
+        self._even = [self._by_rank(tensor, bucket) for tensor in tensors] if even else None
 
     def gather(self, rank: int) -> Tensor:
         """One rank's piece, as a copy."""
@@ -76,16 +79,36 @@ class Segments:
 
     def gather_all(self) -> Tensor:
         """The pieces of all ranks, one after the other."""
-        whole = self._rows[0][0].new_zeros(len(self._rows) * self.length)
-        for rank, piece in enumerate(whole.chunk(len(self._rows))):
-            for into, rows in self._pairs(piece, rank):
-                into.copy_(rows)
+        whole = self._rows[0][0].new_zeros(self._size * self.length)
+        for into, rows in self._all_pairs(whole):
+            into.copy_(rows)
         return whole
 
     def scatter(self, piece: Tensor, rank: int) -> None:
         """Write a rank's piece back into its rows."""
         for source, rows in self._pairs(piece, rank):
             rows.copy_(source)
+
+    def scatter_all(self, whole: Tensor) -> None:
+        """Inverse of `gather_all`."""
+        for source, rows in self._all_pairs(whole):
+            rows.copy_(source)
+
+    def _by_rank(self, tensor: Tensor, bucket: Bucket) -> Tensor:
+        """[ranks, rows of each in the bucket, ...]."""
+        share = tensor.shape[0] // self._size
+        return tensor.unflatten(0, (self._size, share))[:, _part(slice(0, share), bucket)]
+
+    def _all_pairs(self, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._even is None:
+            for rank, piece in enumerate(whole.chunk(self._size)):
+                yield from self._pairs(piece, rank)
+            return
+        table, start = whole.view(self._size, self.length), 0
+        for rows in self._even:
+            count = rows[0].numel()
+            yield table[:, start : start + count].unflatten(1, rows.shape[1:]), rows
+            start += count
 
     def _pairs(self, piece: Tensor, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
         start = 0

@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -147,7 +148,7 @@ class GradientSync:
             mine = segments.gather(self._mesh.rank("dp"))
             whole = mine.new_empty(self._mesh.size("dp") * segments.length)
             work = all_gather(whole, mine, group=self._mesh.group("dp"), async_op=True)
-            self._flying.append((work, lambda segments=segments, whole=whole: self._spread(segments, whole)))
+            self._flying.append((work, partial(segments.scatter_all, whole)))
             self._land(_MOST_FLYING)
         self._land(0)
 
@@ -205,10 +206,6 @@ class GradientSync:
             work, then = self._flying.popleft()
             work.wait()
             then()
-
-    def _spread(self, segments: Segments, whole: Tensor) -> None:
-        for rank, piece in enumerate(whole.chunk(self._mesh.size("dp"))):
-            segments.scatter(piece, rank)
 
 
 def _sum(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:

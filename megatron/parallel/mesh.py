@@ -6,7 +6,7 @@ process groups; everyone else is handed a `Mesh` and asks it.
 
 import os
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -142,14 +142,6 @@ class Mesh:
             dist.broadcast(values, self.peer(axis, source), group=self.group(axis))
         return values
 
-    def wait_for_main(self, work: Callable[[], T]) -> T:
-        """`work` done by the main rank first, then by the others: for what the first leaves on disk for the rest."""
-        if self.world_size == 1:
-            return work()
-        done = work() if self.is_main else None
-        dist.barrier()
-        return done if self.is_main else work()
-
     @contextmanager
     def noticing_loss(self) -> Iterator[None]:
         """Raise RankLostError, which says who is gone, where a rank within the block waits in vain for another."""
@@ -258,7 +250,6 @@ def _place(rank: int, sizes: Sequence[int]) -> tuple[int, int, int]:
 def _join(config: ParallelConfig, backend: Backend) -> Presence:
     timeout = _timeout(config)
     kinds = f"cpu:gloo,cuda:{backend.process_group}" if backend.is_cuda else backend.process_group
-    device = backend.device if backend.is_cuda else None
     try:
         store, rank, size = meet(timeout)
     except ValueError as error:  # an environment that torchrun did not make
@@ -266,7 +257,8 @@ def _join(config: ParallelConfig, backend: Backend) -> Presence:
     except TimeoutError as error:
         raise RankLostError(f"the processes of this run did not meet: {error}") from error
     presence = Presence(store, rank, size, timeout)
-    dist.init_process_group(kinds, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device)
+    # Without device_id nccl makes a group's communicator at its first use, by its members alone: there are many groups.
+    dist.init_process_group(kinds, store=store, rank=rank, world_size=size, timeout=timeout)
     return presence
 
 

@@ -5,6 +5,7 @@ so that a receive posted early would hold up a send of the same group. Messages 
 schedules are checked for.
 """
 
+from collections import deque
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch import Tensor
 from megatron.parallel.mesh import Mesh
 
 UP, DOWN = 0, 1
+_MOST_SENDING = 4  # messages under way at a time
 
 
 @dataclass
@@ -24,7 +26,7 @@ class PipelineLink:
 
     mesh: Mesh
     groups: dict[tuple[int, int, int], dist.ProcessGroup]
-    _sending: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+    _sending: deque[tuple[dist.Work, Tensor]] = field(default_factory=deque)
 
     @staticmethod
     def build(mesh: Mesh) -> "PipelineLink":
@@ -39,8 +41,15 @@ class PipelineLink:
         return PipelineLink(mesh, groups)
 
     def send(self, tensor: Tensor, rank: int, direction: int) -> None:
-        """Begin to send to a pipeline rank; the tensor is kept until it has gone."""
-        self._sending = [(work, kept) for work, kept in self._sending if not work.is_completed()]
+        """Begin to send to a pipeline rank; the tensor is kept until it has gone.
+
+        Waits for an earlier message where several are under way; gloo's are so until they are waited for. Schedules
+        are checked to come to their end even if every send waited for its receive.
+        """
+        while self._sending and self._sending[0][0].is_completed():
+            self._sending.popleft()
+        while len(self._sending) >= _MOST_SENDING:
+            self._sending.popleft()[0].wait()
         tensor, group = tensor.contiguous(), self.groups[self.mesh.rank("pp"), rank, direction]
         self._sending.append((dist.isend(tensor, self.mesh.peer("pp", rank), group=group), tensor))
 

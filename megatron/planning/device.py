@@ -57,6 +57,7 @@ _PRESETS: dict[str, tuple[float, float, float, float, float, float, float, int]]
     "CPU-core": (0.02, 0.06, 0.60, 8, 10, 2, 1, 1),
 }
 PRESETS = tuple(_PRESETS)
+LAYERS_REACH = 0.7  # of a large matrix product's rate: assumed, not measured
 USABLE = 0.94  # of the memory: the rest is the driver's, the collectives' and the allocator's
 
 
@@ -92,7 +93,8 @@ def overruled(device: Device, figures: Mapping[str, float | None]) -> Device:
 
 def read_profile(path: str, device: Device) -> Device:
     """`device` with what was measured: a JSON object with any of the keys flops_per_s, memory_bytes, bandwidth (an
-    object with tp, dp, pp in bytes/s) and actions (an object, as `Device.actions`); other keys are left alone.
+    object with tp, dp, pp in bytes/s) and actions (an object, as `Device.actions`), or what tools/check_cluster.py
+    wrote (ranks, links); other keys are left alone.
 
     Raises ConfigError where it is none.
     """
@@ -104,7 +106,7 @@ def read_profile(path: str, device: Device) -> Device:
         raise ConfigError(f"--profile {path} is not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"--profile {path}: expected an object, found {type(found).__name__}")
-    changes: dict[str, Any] = {
+    changes: dict[str, Any] = _of_cluster(path, found) | {
         name: _positive(path, key, found[key])
         for key, name in (("flops_per_s", "flops_per_s"), ("memory_bytes", "memory"))
         if found.get(key) is not None
@@ -114,6 +116,33 @@ def read_profile(path: str, device: Device) -> Device:
     if changes["actions"] and len(changes["actions"]) < len(ACTIONS):
         raise ConfigError(f"--profile {path}: actions needs all of {', '.join(ACTIONS)}")
     return replace(device, name=str(found.get("name", f"{device.name}, measured")), **changes)
+
+
+def _of_cluster(path: str, found: dict[str, Any]) -> dict[str, Any]:
+    """From a check of a cluster: its slowest rank, and its slowest sums over the ranks of a machine and of several."""
+    try:
+        changes: dict[str, Any] = {}
+        if found.get("ranks"):
+            changes["flops_per_s"] = LAYERS_REACH * min(rank["flops_per_second"] for rank in found["ranks"])
+            changes["memory_bandwidth"] = min(rank["memory_bytes_per_second"] for rank in found["ranks"])
+        per_machine = found.get("ranks_per_machine")
+        if per_machine:
+            changes["per_node"] = per_machine
+        for name, apart in (("within", False), ("between", True)):
+            rates = [
+                group["bytes_per_second"]
+                for link in found.get("links", ())
+                if link["operation"] == "all_reduce"
+                for group in link["groups"]
+                if (len({rank // per_machine for rank in group["ranks"]}) > 1) is apart
+            ]
+            if rates:
+                changes[name] = min(rates)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"--profile {path}: ranks and links are not as tools/check_cluster.py writes them") from error
+    return {name: _positive(path, name, value) for name, value in changes.items()} | (
+        {"per_node": int(per_machine)} if per_machine else {}
+    )
 
 
 def _table(path: str, key: str, table: Any, names: tuple[str, ...]) -> dict[str, float]:

@@ -131,7 +131,10 @@ class ClusterCheck:
             tolerance=TOLERANCE[dtype],
         )
         self._links = groupings(hosts)
-        self._layouts = layouts(mesh.world_size, self.report.ranks_per_machine) if mesh.world_size > 1 else []
+        wanted = layouts(mesh.world_size, self.report.ranks_per_machine) if mesh.world_size > 1 else []
+        stuck = [one for one in wanted if one.schedule == "interleaved"] if mesh.backend.has_one_queue else []
+        self.report.not_tried += [f"{one.describe()} (not with CUDA_DEVICE_MAX_CONNECTIONS=1)" for one in stuck]
+        self._layouts = [one for one in wanted if one not in stuck]
 
     def run(self) -> ClusterReport:
         """Everything, in turn. Raises ClusterError where this rank fails."""

@@ -38,7 +38,9 @@ def make_datasets(trainer: Trainer) -> Datasets:
     )
     length, seed = trainer.config.model.seq_length, training.seed
     build = partial(build_datasets, data, counts, length, seed, trainer.vocab_size)
-    return Datasets(*trainer.mesh.wait_for_main(build))  # the others find the main rank's index cache
+    built: list[tuple] = []
+    trainer.peers.lead(lambda: built.append(build()))  # the others then find the first rank's index cache
+    return Datasets(*(built[0] if built else build()))
 
 
 def microbatches(trainer: Trainer, dataset: Dataset, consumed_samples: int) -> Iterator[Microbatch]:

@@ -15,11 +15,12 @@ from megatron.data.build import Dataset
 from megatron.data.loader import Microbatch
 from megatron.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StorageError
 from megatron.logs import get_logger
-from megatron.train.batch_size import global_batch_size, is_finished, training_length
+from megatron.train.batch_size import global_batch_size, global_batch_sizes, is_finished, training_length
 from megatron.train.console import Console, Stopwatch
 from megatron.train.data import Datasets, make_datasets, microbatches, step_batches
 from megatron.train.evaluate import evaluate, metric_names
 from megatron.train.metrics import Reporter, next_run, open_reporter, step_record
+from megatron.train.plan import filling_in_words
 from megatron.train.saving import Saver
 from megatron.train.signals import StopSignal
 from megatron.train.step import StepReport, train_step
@@ -91,9 +92,12 @@ def _open(trainer: Trainer, stop: StopSignal) -> Session:
     datasets = make_datasets(trainer)
     if datasets.train is None and not config.training.skip_train:
         raise ConfigError("there is no training data: see --split, --data-path and --train-data-path")
-    if config.checkpoint.save and not config.training.skip_train and trainer.mesh.is_main:
-        _check_writable(Path(config.checkpoint.save))
-        _say_replaced(config.checkpoint, iteration)
+    if config.checkpoint.save and not config.training.skip_train:
+        trainer.peers.lead(lambda: _check_save(config.checkpoint, iteration))
+    if config.parallel.fill_explicit_bubbles and not config.training.skip_train:
+        largest = global_batch_sizes(config.training, trainer.mesh.size("dp"))[-1]
+        plan = trainer.plan(largest // (config.training.micro_batch_size * trainer.mesh.size("dp")))
+        log.info("%s", filling_in_words(config.parallel, plan))
     trainer.progress.run = max(trainer.progress.run, next_run(config.logging.metrics_file))
     console = Console(trainer, _last_iteration(trainer))
     return Session(
@@ -108,14 +112,16 @@ def _open(trainer: Trainer, stop: StopSignal) -> Session:
     )
 
 
-def _check_writable(directory: Path) -> None:
-    """Find out before the first step, not at the first save."""
+def _check_save(flags: CheckpointConfig, iteration: int) -> None:
+    """Find out before the first step, not at the first save, what is wrong with --save."""
+    directory = Path(flags.save)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
         raise StorageError(f"--save {directory}: {error.strerror}; give a directory that can be written to") from error
+    _say_replaced(flags, iteration)
 
 
 def _say_replaced(flags: CheckpointConfig, iteration: int) -> None:

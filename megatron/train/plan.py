@@ -41,3 +41,16 @@ def splits_backward(parallel: ParallelConfig) -> bool:
     if parallel.schedule_file is None:
         return parallel.pipeline_schedule == "zb-h1"
     return any(action.op is Op.WEIGHT for rank in read_schedule(parallel.schedule_file) for action in rank)
+
+
+def filling_in_words(parallel: ParallelConfig, plan: Plan) -> str:
+    """How many microbatches of a step fill bubbles, and how many were asked for."""
+    terms = plan.terms
+    found = (len(terms.warmup), terms.complete[-1] - terms.complete[0])
+    asked = (parallel.num_fill_warmup_microbatches, parallel.num_fill_cooldown_microbatches)
+    kinds = ("warm-up", "cool-down")
+    counts = [
+        f"{count} {kind}" + (f" (of {wish} asked for)" if wish is not None and wish != count else "")
+        for count, kind, wish in zip(found, kinds, asked, strict=True)
+    ]
+    return f"filling bubbles with {' and '.join(counts)} microbatches of {terms.num_microbatches} a step"

@@ -23,8 +23,12 @@ class Tracer:
         path = trainer.config.logging.trace
         self._trainer, self._left = trainer, _STEPS if path else 0
         self._path = Path(path) if path else None
-        if self._path is not None and not self._path.parent.is_dir():
-            raise ConfigError(f"--trace {path}: there is no directory {self._path.parent}: make it")
+        if self._path is not None:
+            trainer.peers.lead(self._check)
+
+    def _check(self) -> None:
+        if not self._path.parent.is_dir():
+            raise ConfigError(f"--trace {self._path}: there is no directory {self._path.parent}: make it")
 
     def begin(self) -> Recorder | None:
         """A recorder for the step to come, if it is one of those; all ranks' clocks begin together."""

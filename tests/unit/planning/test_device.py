@@ -50,6 +50,27 @@ def test_a_measured_profile(tmp_path: Path) -> None:
     assert found.actions["head"] == 3e-6
 
 
+def test_what_a_check_of_the_cluster_wrote(tmp_path: Path) -> None:
+    """Two machines of two ranks: the slowest rank counts, and the slowest groups within and across machines."""
+
+    def link(operation: str, *groups: tuple[list[int], float]) -> dict:
+        return {"operation": operation, "groups": [{"ranks": r, "bytes_per_second": b} for r, b in groups]}
+
+    path = tmp_path / "cluster.json"
+    path.write_text(json.dumps({
+        "ranks_per_machine": 2,
+        "ranks": [{"flops_per_second": f, "memory_bytes_per_second": 2e12} for f in (5e14, 4e14, 5e14, 5e14)],
+        "links": [
+            link("all_reduce", ([0, 1], 2e11), ([2, 3], 1e11)), link("all_reduce", ([0, 2], 2e10), ([1, 3], 3e10)),
+            link("send_recv", ([0, 1], 1.0)),
+        ],
+    }))  # fmt: skip
+    found = read_profile(str(path), preset("H100", "bfloat16"))
+    assert found.flops_per_s == pytest.approx(0.7 * 4e14)
+    assert (found.memory_bandwidth, found.per_node) == (2e12, 2)
+    assert (found.link("tp", 2), found.link("dp", 4)) == (1e11, 2e10)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -58,6 +79,7 @@ def test_a_measured_profile(tmp_path: Path) -> None:
         ('{"flops_per_s": "fast"}', "flops_per_s is 'fast', expected a number above 0"),
         ('{"bandwidth": {"tp": 0}}', "bandwidth.tp is 0"),
         ('{"bandwidth": 3}', "bandwidth is an object with tp, dp, pp"),
+        ('{"ranks": [3]}', "ranks and links are not as tools/check_cluster.py writes them"),
         ('{"actions": {"head": 1}}', "actions needs all of layer_forward"),
     ],
 )
