@@ -69,7 +69,7 @@ def test_contradictions(line: str) -> None:
         ("--swiglu=true", "--swiglu: takes no value, got true"),
         ("--seed", "--seed: takes one value, got none"),
         ("--config", "--config: takes one file, got none"),
-        ("--context-parallel-size 2", "--context-parallel-size: context parallelism is not there yet"),
+        ("--context-parallel-size 2", "--context-parallel-size 2: context parallelism is not there yet"),
         ("--num-experts 4", "--num-experts: mixture-of-experts layers are not there yet"),
         ("--tie-exit-output-weights", "not in this version yet"),
         ("--transformer-impl transformer_engine", "Transformer Engine"),
