@@ -66,7 +66,7 @@ class Activations:
         return self._mlp() + self._dropped()
 
     def forward(self, stage: StageSpec, training: TrainingConfig) -> int:
-        """What F keeps for E and B of a stage, whose output goes to the next one: of a frozen backbone the taps alone."""
+        """What F keeps for E and B of a stage, whose output goes on: of a frozen backbone the taps alone."""
         if stage.stop is not None:
             taps = sum(2 if spec.tap == "mlp" else 1 for spec in stage.exits)
             return taps * self.hidden + self._tables()
