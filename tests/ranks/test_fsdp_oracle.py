@@ -34,7 +34,7 @@ class WithObjective(nn.Module):
         super().__init__()
         specs = exit_specs(config.exits)
         self.weights = {spec.label: spec.weight for spec in specs} | {FINAL: 1.0}
-        self.model = GPT(config.model, config.exits, partition(config.model.num_layers, specs, 1), 64).double()
+        self.model = GPT(config.model, config.exits, partition((config.model.num_layers,), specs), 64).double()
         self.model.load_state_dict(state)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
