@@ -7,7 +7,7 @@ beyond the vocabulary, where a source has any; a format that pads in another way
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -50,6 +50,17 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Give back what was opened."""
+
+
+@runtime_checkable
+class Trained(Source, Protocol):
+    """A source that has the optimizer's state, too: `read` takes its names, as RunState has them."""
+
+    def moments(self) -> Mapping[str, TensorSpec]:
+        """`optimizer/<kind>/<parameter>` -> what is known of it; empty where nothing was saved."""
+
+    def training_facts(self) -> dict[str, Any]:
+        """The facts optimizer_step, grad_scaler and opt_param_scheduler that go with it."""
 
 
 @dataclass(frozen=True)
