@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron.config.run import RunConfig
+from megatron.errors import StorageError
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,12 @@ class Layout:
 
     tp: int | None = None
     pp: int | None = None
+
+
+def check_free(place: Path) -> None:
+    """A conversion replaces nothing. Raises StorageError where something is at `place`."""
+    if place.exists() or place.is_symlink():
+        raise StorageError(f"{place} exists and is not replaced: give another --save-dir, or move it away")
 
 
 Check = Callable[[Path], None]

@@ -12,6 +12,7 @@ from megatron.checkpoint import legacy_names as names
 from megatron.checkpoint.convert.base import TensorSpec
 from megatron.checkpoint.legacy_facts import optimizer_facts
 from megatron.checkpoint.megatron_legacy import (
+    Parts,
     Ranks,
     Stage,
     facts_of,
@@ -22,7 +23,7 @@ from megatron.checkpoint.megatron_legacy import (
     reorder_qkv,
 )
 from megatron.checkpoint.safe import read_legacy, read_span
-from megatron.checkpoint.state import MODEL, OPTIMIZER, PADDING
+from megatron.checkpoint.state import MODEL, OPTIMIZER
 from megatron.config.parallel import ParallelConfig
 from megatron.config.stored import from_checkpoint
 from megatron.errors import CheckpointError
@@ -37,40 +38,32 @@ class _Joined:
 
     pieces: tuple[tuple[Path, Tensor], ...]
     dim: int | None
-    first: int = 0  # of the joined tensor these rows only: the vocabulary's, or those beyond it
-    last: int | None = None
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.first, self.last)
 
     def spec(self) -> TensorSpec:
         shape = list(self.pieces[0][1].shape)
         if self.dim is not None:
             shape[self.dim] = sum(tensor.shape[self.dim] for _, tensor in self.pieces)
-        if shape:
-            shape[0] = len(range(*self.rows.indices(shape[0])))
         return TensorSpec(tuple(shape), self.pieces[0][1].dtype)
 
 
 class MegatronSource:
-    """`vocab_size`: the ids that the tokenizer has; rows beyond it become `<name>.padding`. None: all rows count.
-
-    with_optimizer: `moments` lists the optimizer's state, too.
+    """`iter_*/` or `release/` with all its ranks; vocabularies come with the rows that pad them.
 
     Raises:
         CheckpointError: as `megatron_legacy.read`; files are looked through for their names and shapes, not read.
         ConfigError: the model breaks a rule.
     """
 
-    def __init__(self, directory: Path, vocab_size: int | None = None, with_optimizer: bool = False) -> None:
+    def __init__(self, directory: Path) -> None:
         self._ranks = open_ranks(directory, data=False)
-        self._shards, self._copies = _shards(self._ranks, with_optimizer)
-        if vocab_size is not None:
-            self._shards = _split_vocabulary(self._shards, vocab_size, directory)
+        stages, parts = number_stages(self._ranks)
+        self._shards, self._copies = _shards(self._ranks, stages, parts, MODEL)
+        if f"{MODEL}embedding.word.weight" not in self._shards:
+            raise CheckpointError(f"{directory} holds no word embedding: the checkpoint is damaged")
         ranks, config = self._ranks, from_checkpoint(self._ranks.args, str(directory))
         parallel = ParallelConfig(tensor_model_parallel_size=ranks.tp, pipeline_model_parallel_size=ranks.pp)
-        model = config.model if vocab_size is None else replace(config.model, padded_vocab_size=None)
+        rows = self._shards[f"{MODEL}embedding.word.weight"].spec().shape[0]
+        model = replace(config.model, padded_vocab_size=rows)  # old files don't say
         self.config = replace(config, parallel=parallel, model=model)
         found = facts_of(ranks)
         self.iteration = found["iteration"]
@@ -86,7 +79,17 @@ class MegatronSource:
         return {key.removeprefix(MODEL): it.spec() for key, it in self._shards.items() if key.startswith(MODEL)}
 
     def moments(self) -> Mapping[str, TensorSpec]:
-        """The optimizer's tensors."""
+        """The optimizer's tensors; none, with a warning, where its state can't be read."""
+        ranks = self._ranks
+        if "optimizer" in ranks.states[0, 0] and not any(key.startswith(OPTIMIZER) for key in self._shards):
+            try:
+                refuse_sharded_optimizer(ranks)
+                stages, parts = number_stages(ranks)
+                self.training_facts()
+                for kind, found in optimizer_shards(ranks, stages, parts).items():
+                    self._shards |= _shards(ranks, stages, found, f"{OPTIMIZER}{kind}/")[0]
+            except CheckpointError as error:
+                _log.warning("the optimizer's state stays behind: %s", error)
         return {key: it.spec() for key, it in self._shards.items() if key.startswith(OPTIMIZER)}
 
     def training_facts(self) -> dict[str, Any]:
@@ -108,7 +111,7 @@ class MegatronSource:
         whole = torch.cat(pieces, joined.dim) if len(pieces) > 1 else pieces[0]
         if name == "embedding.word.weight":
             self._compare_copies(whole)
-        return whole[joined.rows]
+        return whole
 
     def tokenizer_files(self) -> list[Path]:
         """None: the format has no place for them."""
@@ -135,25 +138,18 @@ class MegatronSource:
 Pieces = tuple[tuple[Path, Tensor], ...]
 
 
-def _shards(ranks: Ranks, with_optimizer: bool) -> tuple[dict[str, _Joined], list[Pieces]]:
+def _shards(ranks: Ranks, stages: list[Stage], parts: Parts, prefix: str) -> tuple[dict[str, _Joined], list[Pieces]]:
     """State key -> its parts; and the copies of the word embedding."""
-    stages, parts = number_stages(ranks)
-    sets = {MODEL: parts}
-    if with_optimizer and "optimizer" in ranks.states[0, 0]:
-        refuse_sharded_optimizer(ranks)
-        found = optimizer_shards(ranks, stages, parts)
-        sets |= {f"{OPTIMIZER}{kind}/": moments for kind, moments in found.items()}
     shards: dict[str, _Joined] = {}
     copies: list[Pieces] = []
-    for prefix, of_set in sets.items():
-        for stage in stages:
-            of_ranks = [of_set[t, stage.rank, stage.chunk] for t in range(ranks.tp)]
-            paths = [ranks.paths[t, stage.rank] for t in range(ranks.tp)]
-            for legacy, pieces in _by_name(ranks, stage, of_ranks, paths):
-                if legacy != names.TIED_COPY:
-                    shards |= {prefix + name: it for name, it in _joined(ranks, stage, legacy, pieces).items()}
-                elif prefix == MODEL:
-                    copies.append(pieces)
+    for stage in stages:
+        of_ranks = [parts[t, stage.rank, stage.chunk] for t in range(ranks.tp)]
+        paths = [ranks.paths[t, stage.rank] for t in range(ranks.tp)]
+        for legacy, pieces in _by_name(ranks, stage, of_ranks, paths):
+            if legacy == names.TIED_COPY:
+                copies.append(pieces)
+            else:
+                shards |= {prefix + name: it for name, it in _joined(ranks, stage, legacy, pieces).items()}
     return shards, copies
 
 
@@ -186,20 +182,3 @@ def _joined(ranks: Ranks, stage: Stage, legacy: str, pieces: Pieces) -> dict[str
 
     rows = first.shape[0] // 2
     return {names.gate_of(name): half(lambda tensor: tensor[:rows]), name: half(lambda tensor: tensor[rows:])}
-
-
-def _split_vocabulary(shards: Mapping[str, _Joined], vocab_size: int, directory: Path) -> dict[str, _Joined]:
-    split: dict[str, _Joined] = {}
-    for name, joined in shards.items():
-        if not names.has_vocabulary(name):
-            split[name] = joined
-            continue
-        rows = joined.spec().shape[0]
-        if rows < vocab_size:
-            raise CheckpointError(
-                f"{directory}: {name} has {rows} rows, the tokenizer {vocab_size} ids: give the checkpoint's tokenizer"
-            )
-        split[name] = replace(joined, last=vocab_size)
-        if rows > vocab_size:
-            split[name + PADDING] = replace(joined, first=vocab_size)
-    return split
