@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -49,6 +49,17 @@ VERSION = 1
 _LARGEST_FACTS = 64 << 20  # bytes
 
 
+class Streamed(NamedTuple):
+    """How a state is saved that isn't in memory.
+
+    read: gives each tensor by its key when it is written; several threads ask. check: is called with the directory
+    before it gets its name, and may raise.
+    """
+
+    read: Callable[[str], Tensor]
+    check: Callable[[Path], None]
+
+
 def save(
     root: Path,
     iteration: int,
@@ -56,8 +67,7 @@ def save(
     tokenizer_files: Iterable[Path] = (),
     given_up: Event | None = None,
     together: Together = ALONE,
-    read: Callable[[str], Tensor] | None = None,
-    check: Callable[[Path], None] | None = None,
+    streamed: Streamed | None = None,
 ) -> Path:
     """Write `state` as `<root>/iter_<iteration>`, copy the tokenizer's files into it, and point the tracker at it.
 
@@ -79,13 +89,13 @@ def save(
             dcp.save(
                 views(parts),
                 storage_writer=Writer(staged.path / TENSORS, staged.described, given_up),
-                planner=BoxSavePlanner(parts, read),
+                planner=BoxSavePlanner(parts, streamed and streamed.read),
                 process_group=together.group,
                 no_dist=together.group is None,
             )
         go_on_unless(given_up)
-        if check is not None:
-            check(staged.path)
+        if streamed is not None:
+            streamed.check(staged.path)
     together.lead(lambda: commit.replace_file(root / TRACKER, f"{iteration}\n"))
     return final
 

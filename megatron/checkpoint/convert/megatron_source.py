@@ -1,4 +1,4 @@
-"""A checkpoint of Megatron-LM or EE-LLM as a converter's source: parts of its files are read when they are asked for."""
+"""A checkpoint of Megatron-LM or EE-LLM as a converter's source: tensors are read when they are asked for."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace

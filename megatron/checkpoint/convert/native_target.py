@@ -48,7 +48,9 @@ def write(source: Source, root: Path, layout: Layout, check: Check) -> Path:
     def read(key: str) -> torch.Tensor:
         return source.read(key if key.startswith(OPTIMIZER) else key.removeprefix(MODEL))
 
-    return native.save(root, source.iteration, RunState(tensors, facts), words.files(), read=read, check=check)
+    return native.save(
+        root, source.iteration, RunState(tensors, facts), words.files(), streamed=native.Streamed(read, check)
+    )
 
 
 def _facts(config: RunConfig, stored: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
