@@ -82,11 +82,10 @@ def _vocab_size(args: argparse.Namespace) -> int | None:
         words = json.loads(read_small(args.vocab_file, _LARGEST_VOCABULARY))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"--vocab-file {args.vocab_file}: cannot read it: {error}") from error
-    if not isinstance(words, dict) or args.true_vocab_size not in (None, len(words)):
-        said = (
-            f"{len(words)} entries, --true-vocab-size says {args.true_vocab_size}"
-            if isinstance(words, dict)
-            else "none"
+    if not isinstance(words, dict):
+        raise DataError(f"--vocab-file {args.vocab_file} holds a {type(words).__name__}, not words and their ids")
+    if args.true_vocab_size not in (None, len(words)):
+        raise ConfigError(
+            f"--true-vocab-size {args.true_vocab_size}: {args.vocab_file} has {len(words)} words; give one of them"
         )
-        raise ConfigError(f"--vocab-file {args.vocab_file} has {said}: give the one that belongs to the model")
     return len(words)

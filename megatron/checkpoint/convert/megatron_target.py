@@ -142,6 +142,8 @@ def _vocabulary(source: Source, name: str, rows: int) -> Callable[[], Tensor]:
 
     def read() -> Tensor:
         true = source.read(name)
+        if len(true) == rows:
+            return true
         padded = true.new_zeros(rows, *true.shape[1:])
         padded[: len(true)] = true
         if name + PADDING in source.specs() and rows > len(true):

@@ -4,6 +4,7 @@ torch.save wants all tensors at once. Here it gets fake ones for the file's inde
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,19 @@ class TorchFile:
             # what torch.save does with a file of its own
             torch.serialization._save(_faked(content), index, torch.serialization.pickle, DEFAULT_PROTOCOL, False)
         self.path, self._left = path, index.tensors[::-1]
+        self._ending, self._stream = ExitStack(), None
         try:
             faults.point("legacy.open")
-            self._file = path.open("wb")
-            self._stream = Hashed(faults.watched(self._file, "legacy.write"), lambda: None)
+            file = self._ending.enter_context(path.open("wb"))
+            self._stream = Hashed(faults.watched(file, "legacy.write"), lambda: None)
             self._writer = torch._C.PyTorchFileWriter(self._stream)
+            self._ending.callback(self._writer.write_end_of_file)  # else its destructor does, where no error may be
             for name, data in index.records:
                 self._writer.write_record(name, data, len(data))
         except (OSError, RuntimeError) as error:
-            raise self._failed(error) from error
+            failed = self._failed(error)
+            self.abandon()
+            raise failed from error
 
     def write(self, tensor: Tensor) -> None:
         """The next tensor. It is of the shape and type that were said."""
@@ -58,19 +63,19 @@ class TorchFile:
         """End the file; returns its size and hash."""
         assert not self._left, f"tensors are missing: {self._left[-1]}"
         try:
-            self._writer.write_end_of_file()
-            self._file.close()
+            self._ending.close()
         except (OSError, RuntimeError) as error:
             raise self._failed(error) from error
         return self._stream.description()
 
     def abandon(self) -> None:
-        """Close what is to be removed."""
-        self._file.close()
+        """Close what is to be removed; nothing where it is closed already."""
+        with suppress(OSError, RuntimeError):
+            self._ending.close()
 
     def _failed(self, error: Exception) -> StorageError:
-        stream = getattr(self, "_stream", None)  # torch's writer hides what the file said
-        return StorageError(f"cannot write {self.path}: {(stream and stream.failure) or error}")
+        failure = self._stream.failure if self._stream is not None else None  # torch's writer hides what the file said
+        return StorageError(f"cannot write {self.path}: {failure or error}")
 
 
 class _Index:
