@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.convert.agreement import check_agreement
 from megatron.checkpoint.convert.base import Layout, Source
 from megatron.checkpoint.convert.derived import Watched, fingerprint, moments, origins, split_vocabulary
 from megatron.checkpoint.convert.exits import NewExits, Position, add_exits, declare_exits, move_exits
@@ -62,8 +63,10 @@ def convert(job: Conversion, begin: Begin) -> Report:
         StorageError: the target can't be written, or its place is taken.
     """
     reader, writer = format_named(job.source), format_named(job.target)
-    opened = reader.open(reader.find(job.load, job.iteration))
+    directory = reader.find(job.load, job.iteration)
+    opened = reader.open(directory)
     try:
+        check_agreement(opened, f"{directory}, by its own config,")
         changed = _with_vocabulary(job, _changed(job, opened))
         carried = moments(changed) if job.target == "native" else {}
         if not carried and moments(opened):

@@ -70,6 +70,7 @@ def write(source: Source, root: Path, layout: Layout, check: Check) -> Path:
     args = namespace(config, source.facts.get("args", {}), source.facts, specs[_EMBEDDING].dtype, tp, pp, rows)
     final = root / iteration_name(source.iteration)
     check_free(final)
+    commit.sweep(root)
     with commit.staged(final) as staged:
         for stage in _stages(source, pp):
             state = {"args": args, "checkpoint_version": _VERSION, "iteration": source.iteration}

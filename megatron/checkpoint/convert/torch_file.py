@@ -61,7 +61,7 @@ class TorchFile:
 
     def close(self) -> Description:
         """End the file; returns its size and hash."""
-        assert not self._left, f"tensors are missing: {self._left[-1]}"
+        assert not self._left, f"tensors are missing: {self._left[-1][0]}"
         try:
             self._ending.close()
         except (OSError, RuntimeError) as error:

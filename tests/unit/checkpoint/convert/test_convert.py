@@ -196,6 +196,21 @@ def test_broken_files_are_one_error_and_nothing_is_written(tmp_path, how, target
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["missing", "unknown", "of another shape"])
+def test_a_config_that_describes_another_model_is_refused(tmp_path, kind, job):
+    source = toy("norm")
+    if kind == "missing":
+        del source.tensors["layers.2.mlp.up.bias"]
+    elif kind == "unknown":
+        source.tensors["layers.9.mlp.up.bias"] = torch.ones(3)
+    else:
+        source.tensors["layers.2.mlp.up.bias"] = torch.ones(3)
+    write_native(source, tmp_path / "in")
+    with pytest.raises(CheckpointError, match=r"by its own config, does not fit the model[^$]*mlp\.up\.bias"):
+        quietly(job(tmp_path / "in", "native", "megatron"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_native_checkpoint_that_is_damaged_is_refused(tmp_path, job):
     directory = write_native(toy(), tmp_path / "in")
     file = next((directory / "tensors").glob("*.distcp"))

@@ -1,6 +1,9 @@
 """Files in Megatron's format: what stands where, what they hold, and what they can't."""
 
+import gc
+import os
 import pickletools
+import resource
 import zipfile
 from argparse import Namespace
 from dataclasses import replace
@@ -28,9 +31,9 @@ from tests.unit.checkpoint.convert.conftest import (
     read_model,
     toy,
     write_megatron,
-)
+)from tests.unit.checkpoint.test_storage_limits import in_child
 
-LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]
+LAYOUTS = [(1, 1), (2, 2), (1, 4)]
 
 
 def flat(part: dict, above: str = "") -> dict[str, torch.Tensor]:
@@ -41,10 +44,10 @@ def flat(part: dict, above: str = "") -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+@pytest.mark.parametrize(("tp", "pp"), [(2, 2), (1, 4)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_exit_in_every_layout(tmp_path, kind, tp, pp):
-    source = toy(kind, "gpt" if tp == pp else "llama")
+    source = toy(kind, "gpt" if tp == pp else "llama")  # tp=2 pp=2 of a gated model: test_convert.py
     write_megatron(source, tmp_path, tp, pp)
     assert_equal(read_model(tmp_path), source.tensors)
 
@@ -210,3 +213,21 @@ def test_a_write_that_fails_anywhere_leaves_nothing(tmp_path, action):
             with pytest.raises(StorageError, match="cannot write"):
                 write_megatron(source, root, 2, 2)
         assert not root.exists() or not list(root.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_files_that_may_not_grow_are_one_error(tmp_path):
+    """Storage that refuses for real, at sizes within and at the end of the files."""
+    source = toy("mlp", "llama")
+    size = max(path.stat().st_size for path in write_megatron(source, tmp_path / "count", 1, 2).rglob("*.pt"))
+
+    def refused(root, limit):
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+        with pytest.raises(StorageError, match=r"cannot write .*model_optim_rng\.pt: .*File too large"):
+            write_megatron(source, root, 1, 2)
+        assert not list(root.iterdir())
+        gc.collect()
+
+    for number, limit in enumerate((0, 1, size // 3, size // 2, size - 1)):
+        assert in_child(lambda root=tmp_path / str(number), limit=limit: refused(root, limit)) == 0
