@@ -31,7 +31,8 @@ from tests.unit.checkpoint.convert.conftest import (
     read_model,
     toy,
     write_megatron,
-)from tests.unit.checkpoint.test_storage_limits import in_child
+)
+from tests.unit.checkpoint.test_storage_limits import in_child
 
 LAYOUTS = [(1, 1), (2, 2), (1, 4)]
 
