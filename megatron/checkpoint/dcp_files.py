@@ -121,7 +121,7 @@ class _HashingFileSystem(FileSystem):
     def create_stream(self, path: Path, mode: str) -> Iterator[Any]:
         faults.point("tensors.open")
         with super().create_stream(path, mode) as stream:
-            hashed = _Hashed(faults.watched(stream, "tensors.write"), self._check)
+            hashed = Hashed(faults.watched(stream, "tensors.write"), self._check)
             try:
                 yield hashed
             except Exception:
@@ -142,7 +142,7 @@ class _HashingFileSystem(FileSystem):
         self._described[new_path] = self._described.pop(path)
 
 
-class _Hashed:
+class Hashed:
     """A stream that is only ever appended to, and the hash of what went into it."""
 
     def __init__(self, stream: Any, check: Callable[[], None]) -> None:

@@ -36,6 +36,8 @@ _TOP = {
     "encoder.final_norm": "final_norm",
     "output_layer": "output",
 }
+_LAYER_OURS = re.compile(r"layers\.(\d+)\.(.+)")
+_EXIT_OURS = re.compile(r"exits\.(\d+)\.(.+)")
 _HEAD = re.compile(r"exit_output_layer\.(\d+)\.weight")
 
 
@@ -94,6 +96,33 @@ def native_name(legacy: str, first_layer: int, exits: tuple[int, ...]) -> str | 
         if inner in _IN_LAYER:
             return f"layers.{layer}.{_IN_LAYER[inner]}.{kind}"
     return None
+
+
+def legacy_path(name: str, first_layer: int, exits: tuple[int, ...], branched: bool) -> tuple[str, ...]:
+    """Where a file's `model` keeps a tensor of ours that lies in such a stage: the keys of its nested dictionaries.
+
+    The inverse of `native_name`; a gate has no place of its own, it stands above its `up`. branched: exits have an MLP
+    of their own, so that the layer's is called trunk.
+    """
+    path, _, kind = name.rpartition(".")
+    tops = {ours: theirs for theirs, ours in _TOP.items()}
+    if path in tops:
+        module, _, part = tops[path].rpartition(".")
+        if module == "encoder":
+            return "language_model", module, f"{part}.{kind}"
+        return ("language_model", module, part, kind) if module else ("language_model", part, kind)
+    if match := _EXIT_OURS.fullmatch(path):
+        number, inner = int(match[1]), match[2]
+        if inner == "output":
+            return "language_model", "exit_output_layer", f"{exits.index(number)}.{kind}"
+        layer, theirs = number - 1, {ours: theirs for theirs, ours in _OF_EXIT.items()}[inner]
+    else:
+        match = _LAYER_OURS.fullmatch(path)
+        layer, inner = int(match[1]), match[2]
+        theirs = {ours: theirs for theirs, ours in _IN_LAYER.items()}[inner]
+        if branched and layer + 1 in exits:
+            theirs = theirs.replace("mlp.dense", "mlp.trunk.dense")
+    return "language_model", "encoder", f"layers.{layer - first_layer}.{theirs}.{kind}"
 
 
 def split_dim(name: str) -> int | None:

@@ -46,6 +46,7 @@ class Ranks:
     tp: int
     pp: int
     states: dict[tuple[int, int], dict[str, Any]]
+    paths: dict[tuple[int, int], Path]
 
     @property
     def given(self) -> dict[str, Any]:
@@ -84,14 +85,14 @@ def read(directory: Path, vocab_size: int | None = None, with_optimizer: bool = 
         CheckpointError: a rank's file is missing, damaged or hostile; tensors are missing, unknown or do not fit
             each other; the optimizer's state is sharded or belongs to other parameters; a field has an odd type.
     """
-    ranks = _open(directory)
+    ranks = open_ranks(directory)
     if with_optimizer:
-        _refuse_sharded_optimizer(ranks)
-    stages, parts = _stages(ranks)
+        refuse_sharded_optimizer(ranks)
+    stages, parts = number_stages(ranks)
     merged = _merge(ranks, stages, parts, MODEL)
-    facts = _facts(ranks)
+    facts = facts_of(ranks)
     if with_optimizer and "optimizer" in ranks.states[0, 0]:
-        for kind, moments in _optimizer(ranks, stages, parts).items():
+        for kind, moments in optimizer_shards(ranks, stages, parts).items():
             merged |= _merge(ranks, stages, moments, f"{OPTIMIZER}{kind}/")
         facts |= optimizer_facts(ranks.states[0, 0]["optimizer"], facts["iteration"], str(directory))
     tensors = merged if vocab_size is None else _split_vocabulary(merged, vocab_size, directory)
@@ -100,11 +101,14 @@ def read(directory: Path, vocab_size: int | None = None, with_optimizer: bool = 
 
 def read_args(directory: Path) -> dict[str, Any]:
     """The arguments a checkpoint was written with, as JSON-able data. Errors as for `read`."""
-    return _open(directory).args
+    return open_ranks(directory).args
 
 
-def _open(directory: Path) -> Ranks:
-    """Read every rank's file; the first says how many there must be."""
+def open_ranks(directory: Path, data: bool = True) -> Ranks:
+    """Read every rank's file; the first says how many there must be.
+
+    Without `data` tensors come as `read_legacy` gives them then. Errors as for `read`.
+    """
     there = {match.groups(): path for path in directory.iterdir() if (match := RANK_DIRECTORY.fullmatch(path.name))}
     if any(expert is not None for _, _, expert in there):
         raise CheckpointError(f"{directory} holds a mixture of experts, which is not supported")
@@ -128,8 +132,12 @@ def _open(directory: Path) -> Ranks:
         if args.get("tune_exit"):
             mend = "tuning exits writes the first stages only: copy the others from the checkpoint it started from"
         raise CheckpointError(f"{directory} (tp={tp} pp={pp}) lacks {listed}: {mend}")
-    states = {key: first if key == (0, 0) else read_legacy(paths[key]) for key in needed}
-    return Ranks(directory, args, tp, pp, states)
+    if data:
+        states = {key: first if key == (0, 0) else read_legacy(paths[key]) for key in needed}
+    else:
+        states = {key: read_legacy(paths[key], data=False) for key in needed}
+        states[0, 0] |= {name: value for name, value in first.items() if not name.startswith(("model", "optimizer"))}
+    return Ranks(directory, args, tp, pp, states, {key: paths[key] for key in needed})
 
 
 def _parallel_size(args: Mapping[str, Any], name: str, default: int, where: str) -> int:
@@ -146,7 +154,7 @@ Parts = dict[tuple[int, int, int], dict[str, Tensor]]
 """(tp rank, pp rank, chunk) -> legacy name -> shard, in the order of the file."""
 
 
-def _stages(ranks: Ranks) -> tuple[list[Stage], Parts]:
+def number_stages(ranks: Ranks) -> tuple[list[Stage], Parts]:
     """Number the layers over all stages, chunk by chunk, and name every shard."""
     parts: Parts = {}
     chunks = _chunks(ranks)
@@ -214,7 +222,7 @@ def _join(ranks: Ranks, name: str, pieces: list[Tensor], unequal: list[str]) -> 
         shapes = ", ".join(str(list(piece.shape)) for piece in pieces)
         raise CheckpointError(f"{ranks.directory}: the shards of {name} don't fit each other: {shapes}")
     if names.is_qkv(name) and ranks.version < 2:
-        pieces = [_reorder_qkv(ranks, piece) for piece in pieces]
+        pieces = [reorder_qkv(ranks, piece) for piece in pieces]
     if dim is None:
         if any(not torch.equal(piece, pieces[0]) for piece in pieces[1:]):
             unequal.append(name)
@@ -225,7 +233,7 @@ def _join(ranks: Ranks, name: str, pieces: list[Tensor], unequal: list[str]) -> 
     return {name: torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0]}
 
 
-def _reorder_qkv(ranks: Ranks, piece: Tensor) -> Tensor:
+def reorder_qkv(ranks: Ranks, piece: Tensor) -> Tensor:
     """Rows of formats before 2.0, [3, heads, head] in 0 and [heads, head, 3] in 1, as [heads, 3, head]."""
     heads = ranks.count("num_attention_heads")
     if not heads or heads % ranks.tp or piece.shape[0] % (3 * heads // ranks.tp):
@@ -238,7 +246,7 @@ def _reorder_qkv(ranks: Ranks, piece: Tensor) -> Tensor:
     return piece.reshape(heads, -1, 3, *rest).transpose(1, 2).reshape(piece.shape)
 
 
-def _optimizer(ranks: Ranks, stages: list[Stage], parts: Parts) -> dict[str, Parts]:
+def optimizer_shards(ranks: Ranks, stages: list[Stage], parts: Parts) -> dict[str, Parts]:
     """Kind of moment -> shards under the names of their parameters."""
     kinds: dict[str, Parts] = {}
     early_exit = bool(ranks.exits)
@@ -256,7 +264,7 @@ def _optimizer(ranks: Ranks, stages: list[Stage], parts: Parts) -> dict[str, Par
     return kinds
 
 
-def _refuse_sharded_optimizer(ranks: Ranks) -> None:
+def refuse_sharded_optimizer(ranks: Ranks) -> None:
     if any(ranks.directory.glob(f"mp_rank_*/{SHARDED_OPTIMIZER}")):
         raise CheckpointError(
             f"{ranks.directory}: the optimizer's state lies in {SHARDED_OPTIMIZER}, written by Megatron's distributed "
@@ -281,7 +289,7 @@ def _split_vocabulary(tensors: Mapping[str, Tensor], vocab_size: int, directory:
     return split
 
 
-def _facts(ranks: Ranks) -> dict[str, Any]:
+def facts_of(ranks: Ranks) -> dict[str, Any]:
     """What the first rank's file says beside tensors; facts of the optimizer are null."""
     state, where = ranks.states[0, 0], str(ranks.directory)
     iteration = count(state, "iteration", where) if "iteration" in state else 0

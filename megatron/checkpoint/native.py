@@ -6,11 +6,11 @@
 import json
 import shutil
 import warnings
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -49,6 +49,17 @@ VERSION = 1
 _LARGEST_FACTS = 64 << 20  # bytes
 
 
+class Streamed(NamedTuple):
+    """How a state is saved that isn't in memory.
+
+    read: gives each tensor by its key when it is written; several threads ask. check: is called with the directory
+    before it gets its name, and may raise.
+    """
+
+    read: Callable[[str], Tensor]
+    check: Callable[[Path], None]
+
+
 def save(
     root: Path,
     iteration: int,
@@ -56,6 +67,7 @@ def save(
     tokenizer_files: Iterable[Path] = (),
     given_up: Event | None = None,
     together: Together = ALONE,
+    streamed: Streamed | None = None,
 ) -> Path:
     """Write `state` as `<root>/iter_<iteration>`, copy the tokenizer's files into it, and point the tracker at it.
 
@@ -77,11 +89,13 @@ def save(
             dcp.save(
                 views(parts),
                 storage_writer=Writer(staged.path / TENSORS, staged.described, given_up),
-                planner=BoxSavePlanner(parts),
+                planner=BoxSavePlanner(parts, streamed and streamed.read),
                 process_group=together.group,
                 no_dist=together.group is None,
             )
         go_on_unless(given_up)
+        if streamed is not None:
+            streamed.check(staged.path)
     together.lead(lambda: commit.replace_file(root / TRACKER, f"{iteration}\n"))
     return final
 
@@ -204,6 +218,31 @@ def read_facts(directory: Path) -> dict[str, Any]:
     return facts
 
 
+class Tensors:
+    """The tensors of a checkpoint one by one; several threads may read.
+
+    Raises:
+        CheckpointError: the index is missing, damaged, or lists anything but tensors.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory, self._metadata = directory, _metadata(directory)
+        self.index = _index(self._metadata)
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor in new CPU memory. CheckpointError where its file is damaged."""
+        shape, dtype = self.index[name]
+        whole = Placed.whole(_empty({name: (shape, dtype)}, self._directory)[name])
+        with _dcp_errors(self._directory, writing=False):
+            dcp.load(
+                {name: whole.view},
+                storage_reader=Reader(self._directory / TENSORS, self._metadata),
+                planner=BoxLoadPlanner({name: whole}),
+                no_dist=True,
+            )
+        return whole.view
+
+
 def tensor_index(directory: Path) -> dict[str, Entry]:
     """Name -> (shape, dtype) of every tensor, read without touching the tensors.
 
@@ -215,11 +254,7 @@ def tensor_index(directory: Path) -> dict[str, Entry]:
 
 def read(directory: Path, *, ignore: tuple[str, ...] = ()) -> RunState:
     """The whole checkpoint in new CPU tensors, for converters and tools. Errors as for `load`."""
-    index = without(tensor_index(directory), ignore)
-    try:
-        tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in index.items()}
-    except (RuntimeError, TypeError) as error:  # no memory; or a size beyond what a number of torch's can say
-        raise CheckpointError(f"{directory}: no room for its tensors: {brief(error)}") from error
+    tensors = _empty(without(tensor_index(directory), ignore), directory)
     load(directory, tensors, ignore=ignore)
     return RunState(tensors, read_facts(directory))
 
@@ -240,6 +275,13 @@ def tokenizer_files(directory: Path) -> dict[str, Path]:
             )
         files[name] = path
     return files
+
+
+def _empty(index: Mapping[str, Entry], directory: Path) -> dict[str, Tensor]:
+    try:
+        return {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in index.items()}
+    except (RuntimeError, TypeError) as error:  # no memory; or a size beyond what a number of torch's can say
+        raise CheckpointError(f"{directory}: no room for its tensors: {brief(error)}") from error
 
 
 @contextmanager

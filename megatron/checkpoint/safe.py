@@ -12,11 +12,13 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -130,10 +132,11 @@ _STAND_INS = {
 }
 
 
-def read_legacy(path: Path) -> dict[str, Any]:
+def read_legacy(path: Path, data: bool = True) -> dict[str, Any]:
     """Read a file that `torch.save` wrote for Megatron-LM or EE-LLM; tensors are mapped from the file, on the CPU.
 
-    Namespaces, enumerations and numpy values come back as the inert classes above.
+    Namespaces, enumerations and numpy values come back as the inert classes above. Without `data` tensors are fake
+    ones, for `read_span` to read a part at a time; files older than torch 1.6 have theirs all the same.
 
     Raises:
         CheckpointError: the file is missing, damaged, or mentions a name that such files don't need.
@@ -145,8 +148,12 @@ def read_legacy(path: Path) -> dict[str, Any]:
             zipped = file.read(4) == b"PK\x03\x04"
             names = _zip_names(file) if zipped else _plain_names(file)
         allowed = [(_stand_in(name, path), _today(name)) for name in names if name not in _TORCH_NAMES]
-        with _only_these_globals([pair for pair in allowed if pair[0] is not None]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        lazily = zipped and not data
+        with (
+            _only_these_globals([pair for pair in allowed if pair[0] is not None]),
+            FakeTensorMode() if lazily else nullcontext(),
+        ):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and data)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     except CheckpointError as error:
@@ -156,6 +163,29 @@ def read_legacy(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not the dictionary of a checkpoint")
     return content
+
+
+def read_span(path: Path, part: Tensor) -> Tensor:
+    """The numbers of a tensor that `read_legacy` took from `path` without data, or of some of its first dimension.
+
+    Raises:
+        CheckpointError: the file is shorter than that, or the tensor isn't laid out row by row.
+    """
+    if not isinstance(part, FakeTensor):
+        return part
+    if not part.is_contiguous():
+        raise CheckpointError(f"{path}: a tensor of shape {list(part.shape)} is not laid out row by row")
+    start = part.untyped_storage()._checkpoint_offset + part.storage_offset() * part.dtype.itemsize
+    whole = torch.empty(part.shape, dtype=part.dtype)
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            found = file.readinto(memoryview(whole.view(-1).view(torch.uint8).numpy())) if whole.numel() else 0
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if found != whole.nbytes:
+        raise CheckpointError(f"{path} is damaged: it ends within a tensor")
+    return whole
 
 
 def _today(name: str) -> str:

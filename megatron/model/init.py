@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from megatron.config.model import ModelConfig
 from megatron.model.gpt import GPT
 from megatron.model.names import model_state
 from megatron.parallel.rng import generator
@@ -19,19 +20,20 @@ _RESIDUAL_WRITERS = (".proj.weight", ".down.weight")
 @torch.no_grad()
 def initialise(model: GPT, seed: int, vocab_size: int) -> None:
     """Fill every parameter of `model` in place."""
-    config = model.config
     for name, part in model_state(model, vocab_size).items():
-        view = part.view
-        if name.endswith(".bias"):
-            view.zero_()
-        elif view.dim() == 1:
-            view.fill_(0.0 if config.apply_layernorm_1p else 1.0)
-        else:
-            std = config.init_method_std
-            if name.endswith(_RESIDUAL_WRITERS):
-                std /= math.sqrt(2 * config.num_layers)
-            whole = _draw(part.shape, std, config.init_method_xavier_uniform, generator(seed, "init", name))
-            view.copy_(part.of(whole))
+        part.view.copy_(part.of(initial_value(name, part.shape, model.config, seed)))
+
+
+def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
+    """The first value of a whole tensor by its name in a checkpoint, in fp32 on the CPU."""
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.full(shape, 0.0 if config.apply_layernorm_1p else 1.0)
+    std = config.init_method_std
+    if name.endswith(_RESIDUAL_WRITERS):
+        std /= math.sqrt(2 * config.num_layers)
+    return _draw(shape, std, config.init_method_xavier_uniform, generator(seed, "init", name))
 
 
 def _draw(shape: tuple[int, ...], std: float, xavier: bool, stream: torch.Generator) -> Tensor:

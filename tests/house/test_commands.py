@@ -13,7 +13,7 @@ from tests.house.files import PACKAGE, ROOT, shown, tracked
 
 BENCHMARKS = sorted(path for path in tracked() if path.match("benchmarks/*.py") and path.name != "report.py")
 PROGRAMS = BENCHMARKS + sorted(
-    path for path in tracked() if path.suffix == ".py" and (path.parent == ROOT / "tools" or path.parent == ROOT)
+    path for path in tracked() if path.suffix == ".py" and (path.is_relative_to(ROOT / "tools") or path.parent == ROOT)
 )
 SCRIPTS = sorted(path for path in tracked() if path.suffix == ".sh" or path.parent.name == ".ci")
 

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron.cli import check_cluster, generate, merge_datasets, preprocess_data, train_tokenizer
+from megatron.cli import (
+    check_cluster,
+    convert_checkpoint,
+    generate,
+    merge_datasets,
+    preprocess_data,
+    reshard_checkpoint,
+    train_tokenizer,
+)
 from megatron.config.load import load
 from megatron.config.reference import markdown
 from tests.house.files import ROOT, shown, tracked
@@ -114,6 +122,8 @@ PARSERS = {
     "tools/merge_datasets.py": merge_datasets,
     "tools/generate_text.py": generate,
     "tools/check_cluster.py": check_cluster,
+    "tools/checkpoint/checkpoint_converter.py": convert_checkpoint,
+    "tools/checkpoint/util.py": reshard_checkpoint,
 }
 
 

@@ -12,8 +12,9 @@ from megatron.checkpoint.state import RunState
 from megatron.config.run import RunConfig
 from megatron.config.stored import save_config
 from tests.house.files import PACKAGE, dotted, parsed, shown
+from tests.unit.checkpoint.convert.conftest import toy, write_megatron
 
-WRITERS = [PACKAGE / "files.py", *sorted((PACKAGE / "checkpoint").glob("*.py"))]
+WRITERS = [PACKAGE / "files.py", *sorted((PACKAGE / "checkpoint").rglob("*.py"))]
 CHANGING = {
     "mkdir", "rename", "unlink", "rmdir", "write_text", "write_bytes", "touch", "symlink_to", "fsync", "rmtree",
     "copyfile", "copytree", "copy", "copy2", "move", "makedirs", "truncate", "create_stream", "symlink", "link",
@@ -75,6 +76,7 @@ def test_a_save_passes_every_point(tmp_path: Path) -> None:
         save_config(tmp_path / "run" / "config.yaml", RunConfig())
         native.save(tmp_path / "run", 2, state)
         native.prune(tmp_path / "run", 1, 2)
+        write_megatron(toy(), tmp_path / "files")
     named = {
         call.args[-1].value
         for path in WRITERS

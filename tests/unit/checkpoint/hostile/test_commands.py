@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.cli import generate, pretrain, verify_checkpoint
+from megatron.cli import convert_checkpoint, generate, pretrain, verify_checkpoint
 from megatron.testing.corpus import training_flags, write_corpus
 from tests.unit.checkpoint.hostile.places import link_to_copy, seal
 from tests.unit.checkpoint.hostile.traps import YAML_TRAPS
@@ -86,12 +86,16 @@ COMMANDS = {
         pretrain.main, training_flags(root / "corpus", root / "cache", load=root / "save"), 4
     ),
     "verify": lambda root: ends(verify_checkpoint.main, [f"{root}/save"], 4),
+    "convert": lambda root: ends(
+        convert_checkpoint.main, ["--load-dir", f"{root}/save", "--save-dir", f"{root}/out", "--to", "megatron"], 4
+    ),
 }
 # What a command has no need to look at.
 UNSEEN = {
     ("verify", "tensors"),
     ("verify", "a path for a tokenizer"),
     ("pretrain with flags", "a path for a tokenizer"),
+    ("convert", "tensors"),  # met once the target is begun: test_a_conversion_ends_at_hostile_tensors
 }
 
 
@@ -108,11 +112,22 @@ def test_commands_refuse_hostile_checkpoints(run: Path, tmp_path: Path, command:
     assert not Path("mark").exists()
 
 
+def test_a_conversion_ends_at_hostile_tensors(run: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(run, tmp_path / "a"))
+    hostile_tensors(root / "save" / "iter_0000004")
+    COMMANDS["convert"](root)
+    assert not list((root / "out").iterdir())
+    assert not Path("mark").exists()
+
+
 LEGACY_COMMANDS = {
     "generate": lambda load: ends(
         generate.main, ["--load", load, "--tokenizer-type", "NullTokenizer", "--vocab-size", "3", "--prompt", "1"], 4
     ),
     "pretrain": lambda load: ends(pretrain.main, training_flags(Path("none"), Path("none"), load=load), 4),
+    "convert": lambda load: ends(
+        convert_checkpoint.main, ["--load-dir", load, "--save-dir", f"{load}/out", "--to", "native"], 4
+    ),
     "pretrain as it was": lambda load: ends(
         pretrain.main, training_flags(Path("none"), Path("none"), load=load, use_checkpoint_args=True), 4
     ),

@@ -1,0 +1,40 @@
+"""What the two converters of the command line share: a bar on standard error, and a line about what was written."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron.checkpoint.convert.convert import Conversion, convert
+from megatron.checkpoint.find import recognise
+from megatron.logs import setup_logging
+
+
+def run(job: Conversion) -> None:
+    """Convert, and say on standard output what came of it."""
+    setup_logging()
+    bars: list[tqdm] = []
+
+    def begin(total: int) -> Callable[[int], None]:
+        bars.append(tqdm(total=total, unit="B", unit_scale=True, desc="converting", dynamic_ncols=True, disable=None))
+        return bars[0].update
+
+    try:
+        report = convert(job, begin)
+    finally:
+        for bar in bars:
+            bar.close()
+    state = "the optimizer's state, " if report.with_optimizer else ""
+    checked = "read back and equal" if job.verify else "not read back"
+    sys.stdout.write(
+        f"wrote {report.directory} ({job.source} to {job.target}): {report.tensors} tensors of the model, {state}"
+        f"{report.nbytes / 1e6:,.1f} MB, {checked}\n"
+    )
+
+
+def format_in(root: Path, iteration: int | None) -> str:
+    """The format of the checkpoint in a directory, by content. Raises CheckpointError where there is none."""
+    if (root / "config.json").is_file() and not any(root.glob("iter_*")):
+        return "hf"
+    return recognise(root, iteration).format
