@@ -1,7 +1,7 @@
 """Hugging Face directories in and out against transformers' own models, at tiny sizes with random weights."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,17 @@ from megatron.checkpoint import native
 from megatron.checkpoint.convert.hf_export import write_hf
 from megatron.checkpoint.convert.huggingface import HfSource
 from megatron.checkpoint.state import MODEL, RunState
+from megatron.config.data import TokenizerConfig
 from megatron.config.model import ExitConfig, ModelConfig
 from megatron.config.run import RunConfig
 from megatron.testing.tiny import build_gpt, model_config
+from megatron.tokenizer.build import build_tokenizer
+from megatron.tokenizer.training import tokenizer_files, train_byte_level_bpe
 from tests.unit.checkpoint.convert.sources import ModelSource, logits, model_of
 
 transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+
+from megatron.checkpoint.convert.modeling_ee_llm import EarlyExitForCausalLM  # noqa: E402 - it needs transformers
 
 VOCAB = 61  # no multiple of anything: padding is ours alone
 SIZES = dict(
@@ -154,19 +159,16 @@ def own_model(family: str, exits: ExitConfig, **changes: Any) -> ModelSource:
     return source
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt"])
-@pytest.mark.parametrize("kind", EXITS)
-def test_exits_out_and_back(kind: str, family: str, tmp_path: Path) -> None:
-    """transformers loads the backbone and knows of no exits; the shipped file computes them; reading restores them."""
+@pytest.mark.parametrize(("family", "kind"), [*(("llama", kind) for kind in EXITS), ("gpt", "mlp"), ("gpt", "block")])
+def test_exits_out(family: str, kind: str, tmp_path: Path) -> None:
+    """transformers loads the backbone and knows of no exits; the shipped file computes all of them."""
     source = own_model(family, EXITS[kind])
     write_hf(source, tmp_path / "out")
     stock = loaded(tmp_path / "out")
-    assert type(stock).__name__ in ("LlamaForCausalLM", "GPT2LMHeadModel")
+    assert type(stock).__name__ == {"llama": "LlamaForCausalLM", "gpt": "GPT2LMHeadModel"}[family]
     torch.testing.assert_close(hf_logits(stock), source.expected["final"], rtol=1e-4, atol=1e-4)
 
-    model = transformers.AutoModel.from_pretrained(
-        tmp_path / "out", trust_remote_code=True, attn_implementation="eager"
-    )
+    model = EarlyExitForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     with torch.no_grad():
         found = model(tokens())
     assert sorted(found.exit_logits) == sorted(EXITS[kind].exit_layer_nums)
@@ -180,16 +182,41 @@ def test_exits_out_and_back(kind: str, family: str, tmp_path: Path) -> None:
     assert_equal_tensors(ours, {name: back.read(name) for name in back.specs()})
 
 
-def test_a_directory_with_exits_changes_no_other_load(tmp_path: Path) -> None:
-    """AutoModel with remote code hands out early exits for this directory, the stock model for the next."""
-    write_hf(own_model("llama", EXITS["own"]), tmp_path / "exits")
+def test_exits_are_remote_code_for_this_directory_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AutoModel, allowed to run the shipped file, hands out early exits for this directory and no other."""
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    source = own_model("llama", EXITS["own"])
+    write_hf(source, tmp_path / "exits")
     write_hf(own_model("llama", ExitConfig()), tmp_path / "plain")
-    with_exits = transformers.AutoModel.from_pretrained(tmp_path / "exits", trust_remote_code=True)
-    assert type(with_exits).__name__ == "EarlyExitForCausalLM"
+    model = transformers.AutoModel.from_pretrained(tmp_path / "exits", trust_remote_code=True)
+    assert type(model).__name__ == "EarlyExitForCausalLM"
+    assert not type(model).__module__.startswith("megatron")
+    with torch.no_grad():
+        found = model(tokens(), attention_mask=torch.ones(2, 24, dtype=torch.int64)).exit_logits
+    for number, theirs in found.items():
+        torch.testing.assert_close(theirs, source.expected[str(number)], rtol=1e-4, atol=1e-4)
     for which in ("plain", "exits"):
         assert type(transformers.AutoModel.from_pretrained(tmp_path / which)).__name__ == "LlamaModel"
     assert not (tmp_path / "plain" / "exits.json").exists()
     assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["GPT2BPETokenizer", "HuggingFaceTokenizer"])
+def test_the_tokenizer_that_transformers_finds(kind: str, tmp_path: Path) -> None:
+    """The same ids, whatever architecture they are for."""
+    words = train_byte_level_bpe(["one two three " * 20, "two one"], 270, merge_whitespace=False)
+    names = {"vocab.json": "v.json", "merges.txt": "m.txt"} if kind == "GPT2BPETokenizer" else {}
+    for name, content in tokenizer_files(words, "<|endoftext|>").items():
+        (tmp_path / names.get(name, name)).write_text(content, encoding="utf-8")
+    asked = TokenizerConfig(kind, str(tmp_path), str(tmp_path / "v.json"), str(tmp_path / "m.txt"))
+    ours = build_tokenizer(**asdict(asked))
+    config = RunConfig(model=model_config("llama"), tokenizer=asked)
+    ids = ours.vocab_size
+    write_hf(ModelSource(build_gpt(config.model, None, ids, ids), config, ids, tuple(ours.files())), tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "one two, three two!"
+    assert theirs.encode(text) == ours.tokenize(text) and ours.detokenize(theirs.encode(text)) == text
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").eos_token_id == ours.eos
 
 
 def test_self_speculation_of_transformers(tmp_path: Path) -> None:

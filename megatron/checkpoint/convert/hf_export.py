@@ -31,6 +31,7 @@ from megatron.tokenizer.build import build_tokenizer
 
 MAX_SHARD_BYTES = 5_000_000_000
 _MODELING = Path(__file__).with_name("modeling_ee_llm.py")  # nothing here imports it: it needs transformers
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 _WORD = "embedding.word.weight"
 _log = get_logger(__name__)
 
@@ -167,17 +168,19 @@ def _write_json(staged: Staged, name: str, content: dict[str, Any]) -> None:
 
 def _write_tokenizer(staged: Staged, source: Source) -> None:
     """The tokenizer's files, under the names by which transformers knows them."""
-    tokenizer = source.config.tokenizer
+    tokenizer, files = source.config.tokenizer, source.tokenizer_files()
     known_as = {
         Path(given).name: name
         for given, name in ((tokenizer.vocab_file, "vocab.json"), (tokenizer.merge_file, "merges.txt"))
         if given
     }
-    for path in source.tokenizer_files():
+    for path in files:
         name = known_as.get(path.name, path.name)
         name = "tokenizer.model" if path.suffix == ".model" else name
         if name != CONFIG:  # which the model's own has to be
             _copy(staged, path, name)
+    if tokenizer.tokenizer_type == "GPT2BPETokenizer" and not (staged.path / _TOKENIZER_CONFIG).exists():
+        _write_json(staged, _TOKENIZER_CONFIG, {"tokenizer_class": "GPT2Tokenizer"})
 
 
 def _copy(staged: Staged, path: Path, name: str) -> None:

@@ -46,10 +46,11 @@ def write(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[s
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors start at a multiple of eight
     digest, size = hashlib.sha256(), 0
+    faults.point("safetensors.open")
     with path.open("wb") as file:
+        stream = faults.watched(file, "safetensors.write")
         for block in _blocks(len(text).to_bytes(8, "little") + text, specs, tensors):
-            faults.point("safetensors.write")
-            file.write(block)
+            stream.write(block)
             digest.update(block)
             size += len(block)
     return {"sha256": digest.hexdigest(), "size": size}
