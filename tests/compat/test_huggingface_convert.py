@@ -150,8 +150,18 @@ def test_through_a_native_checkpoint(tmp_path: Path) -> None:
     assert loaded(tmp_path / "back").dtype == torch.bfloat16
 
 
-def own_model(family: str, exits: ExitConfig, **changes: Any) -> ModelSource:
-    settings = dict(seq_length=24) | ({"max_position_embeddings": 32} if family == "gpt" else {}) | changes
+OURS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LlamaForCausalLM": ("llama", {}),
+    "MistralForCausalLM": ("llama", {"window_size": 7}),
+    "Qwen2ForCausalLM": ("llama", {"add_qkv_bias": True}),
+    "Qwen3ForCausalLM": ("llama", {"qk_layernorm": True}),
+    "GPT2LMHeadModel": ("gpt", {}),
+}
+
+
+def own_model(architecture: str, exits: ExitConfig, **changes: Any) -> ModelSource:
+    family, settings = OURS[architecture]
+    settings = dict(seq_length=24, max_position_embeddings=32) | settings | changes
     config = RunConfig(model=model_config(family, **settings), exits=exits)
     gpt = build_gpt(config.model, exits, vocab_size=VOCAB, padded_vocab_size=64).eval()
     source = ModelSource(gpt, config, VOCAB)
@@ -159,13 +169,14 @@ def own_model(family: str, exits: ExitConfig, **changes: Any) -> ModelSource:
     return source
 
 
-@pytest.mark.parametrize(("family", "kind"), [*(("llama", kind) for kind in EXITS), ("gpt", "mlp"), ("gpt", "block")])
-def test_exits_out(family: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", EXITS)
+@pytest.mark.parametrize("architecture", OURS)
+def test_exits_out(architecture: str, kind: str, tmp_path: Path) -> None:
     """transformers loads the backbone and knows of no exits; the shipped file computes all of them."""
-    source = own_model(family, EXITS[kind])
+    source = own_model(architecture, EXITS[kind])
     write_hf(source, tmp_path / "out")
     stock = loaded(tmp_path / "out")
-    assert type(stock).__name__ == {"llama": "LlamaForCausalLM", "gpt": "GPT2LMHeadModel"}[family]
+    assert type(stock).__name__ == architecture
     torch.testing.assert_close(hf_logits(stock), source.expected["final"], rtol=1e-4, atol=1e-4)
 
     model = EarlyExitForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
@@ -185,9 +196,9 @@ def test_exits_out(family: str, kind: str, tmp_path: Path) -> None:
 def test_exits_are_remote_code_for_this_directory_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """AutoModel, allowed to run the shipped file, hands out early exits for this directory and no other."""
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    source = own_model("llama", EXITS["own"])
+    source = own_model("LlamaForCausalLM", EXITS["own"])
     write_hf(source, tmp_path / "exits")
-    write_hf(own_model("llama", ExitConfig()), tmp_path / "plain")
+    write_hf(own_model("LlamaForCausalLM", ExitConfig()), tmp_path / "plain")
     model = transformers.AutoModel.from_pretrained(tmp_path / "exits", trust_remote_code=True)
     assert type(model).__name__ == "EarlyExitForCausalLM"
     assert not type(model).__module__.startswith("megatron")
@@ -222,7 +233,7 @@ def test_the_tokenizer_that_transformers_finds(kind: str, tmp_path: Path) -> Non
 def test_self_speculation_of_transformers(tmp_path: Path) -> None:
     """Exits that share norm and output matrix with the model are those that `assistant_early_exit` drafts with."""
     tied = dict(untie_embeddings_and_output_weights=False)
-    source = own_model("llama", EXITS["final_norm"], **tied)
+    source = own_model("LlamaForCausalLM", EXITS["final_norm"], **tied)
     write_hf(source, tmp_path / "out")
     model = loaded(tmp_path / "out")
     prompt, greedy = tokens()[:1, :8], dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)

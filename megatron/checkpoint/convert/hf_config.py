@@ -188,7 +188,7 @@ def _all_biases(config: Fields, kind: str) -> bool:
     """Whether every linear layer has a bias: only Llama can say so, and only by both flags."""
     attention, mlp = config.flag("attention_bias", False), config.flag("mlp_bias", False)
     if attention and kind != "llama":
-        config.refuse(f"attention_bias is true, which {ARCHITECTURES[kind]} has not here: only Llama's is read")
+        config.refuse(f"attention_bias is true, which is supported for Llama (with mlp_bias), not for {kind}")
     if attention != mlp:
         config.refuse("attention_bias and mlp_bias differ: biases are supported in all linear layers, in none, or "
                       "(Qwen2) in query, key and value alone")  # fmt: skip

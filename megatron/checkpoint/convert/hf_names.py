@@ -110,13 +110,13 @@ class Names:
 
     def _ungroup(self, tensor: Tensor) -> list[Tensor]:
         """Query, key and value rows apart; ours lie by group: its query heads, its key, its value."""
-        grouped = tensor.view(self.kv_heads, -1, self.head_dim, *tensor.shape[1:])
+        grouped = tensor.reshape(self.kv_heads, -1, self.head_dim, *tensor.shape[1:])
         parts = grouped.split((grouped.shape[1] - 2, 1, 1), dim=1)
         return [part.reshape(-1, *tensor.shape[1:]) for part in parts]
 
     def _group(self, parts: Sequence[Tensor]) -> Tensor:
         rest = parts[0].shape[1:]
-        return torch.cat([part.view(self.kv_heads, -1, *rest) for part in parts], dim=1).view(-1, *rest)
+        return torch.cat([part.reshape(self.kv_heads, -1, *rest) for part in parts], dim=1).flatten(0, 1)
 
 
 def _is_linear(inner: str) -> bool:

@@ -6,7 +6,7 @@ Nothing in the directory runs. Rows of the vocabulary that no id of the tokenize
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -110,36 +110,49 @@ class HfSource:
 
     def _matched(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorSpec]:
         """Our tensors' specs, once every tensor of the files is known to be the model's, and of its shape."""
-        found, problems, specs, used = self._files.specs, [], {}, set()
+        stored, specs, used, problems = self._files.specs, {}, set(), []
         for name, shape in shapes.items():
-            whole = name.removesuffix(PADDING)
-            vocabulary = f"{whole}{PADDING}" in shapes
-            ours = torch.empty(self._rows if vocabulary else shape[0], *shape[1:], device="meta")
-            dtypes = set()
-            for theirs, part in zip(self._names.theirs(whole), self._names.split(whole, ours), strict=True):
-                spec = found.get(self._their_name(theirs))
-                used.add(self._their_name(theirs))
-                if spec is None:
-                    problems.append(f"{theirs} is missing")
-                elif spec.shape != tuple(part.shape):
-                    problems.append(f"{theirs} is {list(spec.shape)} instead of {list(part.shape)}")
-                else:
-                    dtypes.add(spec.dtype)
+            parts = self._parts(name, shapes)
+            found = {theirs: stored[theirs] for theirs in parts if theirs in stored}
+            problems += [f"{theirs} is missing" for theirs in parts if theirs not in stored]
+            problems += [
+                f"{theirs} is {list(spec.shape)} instead of {list(parts[theirs])}"
+                for theirs, spec in found.items()
+                if spec.shape != parts[theirs]
+            ]
+            dtypes = {spec.dtype for spec in found.values()}
             if len(dtypes) > 1:
-                problems.append(f"query, key and value of {name} are of different types")
+                problems.append(f"{', '.join(found)} are of different types")
             specs[name] = TensorSpec(shape, next(iter(dtypes), torch.float32))
-        extra = [name for name in found if name not in used and not COMPUTED.fullmatch(name)]
+            used |= parts.keys()
+        extra = [name for name in stored if name not in used and not COMPUTED.fullmatch(name)]
         problems += [f"{name:.200} is not part of the model" for name in extra if not self._is_tied_copy(name)]
         if problems:
-            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise CheckpointError(f"{self.directory} is not as its {CONFIG} says: {'; '.join(problems[:8])}{more}")
+            self._refuse(list(dict.fromkeys(problems)))
         return specs
+
+    def _refuse(self, problems: list[str]) -> NoReturn:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        tied = not self.config.model.untie_embeddings_and_output_weights
+        hint = f" (tie_word_embeddings is {str(tied).lower()})" if "lm_head" in "".join(problems) else ""
+        raise CheckpointError(f"{self.directory} is not as its {CONFIG} says: {'; '.join(problems[:8])}{more}{hint}")
+
+    def _parts(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The stored tensors that make up one of ours, padding rows included, by their name in the files."""
+        whole = name.removesuffix(PADDING)
+        shape = shapes[whole]
+        rows = self._rows if f"{whole}{PADDING}" in shapes else shape[0]
+        parts = self._names.split(whole, torch.empty(rows, *shape[1:], device="meta"))
+        names = map(self._their_name, self._names.theirs(whole))
+        return {theirs: tuple(part.shape) for theirs, part in zip(names, parts, strict=True)}
 
     def _is_tied_copy(self, name: str) -> bool:
         """Whether a tensor repeats the word embedding, as some files of tied models do."""
         word = self._their_name(self._names.top["embedding.word"] + ".weight")
-        tied = not self.config.model.untie_embeddings_and_output_weights
-        return tied and name == "lm_head.weight" and torch.equal(self._files.read(name), self._files.read(word))
+        if name != "lm_head.weight" or self.config.model.untie_embeddings_and_output_weights:
+            return False
+        same_kind = self._files.specs[name] == self._files.specs[word]
+        return same_kind and torch.equal(self._files.read(name), self._files.read(word))
 
     def _their_name(self, name: str) -> str:
         """A tensor's name in the files: those of a bare base model leave out its prefix."""

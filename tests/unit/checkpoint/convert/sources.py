@@ -1,5 +1,6 @@
-"""A model in memory as a source, and a source's model with the logits of all its heads."""
+"""Toy models in memory as sources, and a source's model with the logits of all its heads."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.convert.base import Source, TensorSpec
+from megatron.checkpoint.convert.huggingface import HfSource
 from megatron.checkpoint.state import copy_into
+from megatron.config.model import ExitConfig
 from megatron.config.parallel import ParallelConfig
 from megatron.config.run import RunConfig
 from megatron.model.build import build_model
@@ -16,6 +19,10 @@ from megatron.model.gpt import GPT
 from megatron.model.names import model_state
 from megatron.parallel.backend import Backend
 from megatron.parallel.mesh import Mesh
+from megatron.testing.tiny import build_gpt, model_config
+
+IDS, ROWS = 60, 64
+EXITS = ExitConfig((1, 3), exit_norm="own", untie_exit_output_weights=True)
 
 
 class ModelSource:
@@ -58,3 +65,27 @@ def logits(model: GPT, tokens: Tensor) -> dict[str, Tensor]:
         label: (model.features(label, tap, context) @ model.output_weight(label).t()).transpose(0, 1)
         for label, tap in taps.items()
     }
+
+
+def source(
+    family: str = "llama", exits: ExitConfig = EXITS, dtype: torch.dtype = torch.float32, **changes: Any
+) -> ModelSource:
+    """A toy model with random weights, its vocabulary padded."""
+    config = RunConfig(model=model_config(family, **changes), exits=exits)
+    return ModelSource(build_gpt(config.model, exits, IDS, ROWS, dtype), config, IDS)
+
+
+def whole(directory: Path) -> dict[str, Tensor]:
+    """Everything a source gives, by native name."""
+    found = HfSource(directory)
+    return {name: found.read(name) for name in found.specs()}
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys() and one
+    assert all(one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one)
+
+
+def change(directory: Path, name: str, **changes: Any) -> None:
+    path = directory / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
