@@ -23,7 +23,8 @@ from megatron.checkpoint.convert.hf_config import CONFIG
 from megatron.checkpoint.convert.hf_files import EXIT_TENSORS, SAFETENSORS, SHARD_INDEX
 from megatron.checkpoint.convert.hf_names import EXITS, Names
 from megatron.checkpoint.convert.hf_target import architecture_of, config_of
-from megatron.checkpoint.convert.huggingface import EXIT_CONFIG, EXIT_FORMAT
+from megatron.checkpoint.convert.huggingface import EXIT_CONFIG, EXIT_FORMAT, kept_values
+from megatron.checkpoint.legacy_names import has_vocabulary
 from megatron.checkpoint.state import PADDING
 from megatron.errors import ConfigError, StorageError
 from megatron.logs import get_logger
@@ -56,7 +57,7 @@ def write_hf(source: Source, directory: Path, max_shard_bytes: int = MAX_SHARD_B
         CheckpointError: the source cannot be read.
         StorageError: writing failed, or `directory` holds something already: it is never replaced.
     """
-    _check_free(directory)
+    _make_room(directory)
     content = _Content(source)
     backbone = content.shards([name for name in content.specs if not name.startswith(EXITS)], max_shard_bytes)
     exits = content.shards([name for name in content.specs if name.startswith(EXITS)], None)
@@ -80,10 +81,12 @@ class _Content:
         self._came_as: dict[str, Any] = came_as if isinstance(came_as, dict) else {}
         self.kind = architecture_of(self._model, self._came_as.get("model_type"))
         self.names = Names.of(self.kind, self._model)
-        given = source.specs()
-        self._surplus = _surplus(given, self._came_as.get("vocab_size"))
+        self._given = source.specs()
+        self._surplus = _surplus(self._given, self._came_as.get("vocab_size"))
         self.specs = {
-            name: self._with_surplus(name, spec, given) for name, spec in given.items() if not name.endswith(PADDING)
+            name: TensorSpec((spec.shape[0] + self._more_rows(name), *spec.shape[1:]), spec.dtype)
+            for name, spec in self._given.items()
+            if not name.endswith(PADDING)
         }
 
     def shards(self, ours: Iterable[str], most: int | None) -> list[Shard]:
@@ -106,23 +109,32 @@ class _Content:
         """Name and tensor, one after the other."""
         for name in shard.ours:
             tensor = self._source.read(name)
-            if self.specs[name].shape[:1] != tensor.shape[:1]:
-                tensor = torch.cat((tensor, self._source.read(f"{name}{PADDING}")[: self._surplus]))
+            if rows := self._more_rows(name):
+                tensor = torch.cat((tensor, self._padding(name, tensor, rows)))
             yield from zip(self.names.theirs(name), self.names.split(name, tensor), strict=True)
 
     def config(self) -> dict[str, Any]:
         """config.json."""
-        kept = {name: value for name, value in self._came_as.items() if name not in ("model_type", "vocab_size")}
+        kept = kept_values(self._came_as)
+        if "eos_token_id" not in kept:
+            kept |= _token_ids(self._source)
         word = self.specs[_WORD]
         dtype = str(word.dtype).removeprefix("torch.")
-        config = config_of(self._model, self.kind, word.shape[0], dtype, kept or _token_ids(self._source))
+        config = config_of(self._model, self.kind, word.shape[0], dtype, kept)
         if self._source.config.exits.exit_layer_nums:
             config["auto_map"] = {"AutoModel": f"{_MODELING.stem}.EarlyExitForCausalLM"}
         return config
 
-    def _with_surplus(self, name: str, spec: TensorSpec, given: Mapping[str, TensorSpec]) -> TensorSpec:
-        rows = self._surplus if f"{name}{PADDING}" in given else 0
-        return TensorSpec((spec.shape[0] + rows, *spec.shape[1:]), spec.dtype)
+    def _more_rows(self, name: str) -> int:
+        return self._surplus if has_vocabulary(name) else 0
+
+    def _padding(self, name: str, tensor: Tensor, rows: int) -> Tensor:
+        """The padding of a tensor in so many rows; zero where it has fewer, as that of exits added since."""
+        padding = tensor.new_zeros(rows, *tensor.shape[1:])
+        if f"{name}{PADDING}" in self._given:
+            found = self._source.read(f"{name}{PADDING}")[:rows]
+            padding[: len(found)] = found
+        return padding
 
 
 def _surplus(given: Mapping[str, TensorSpec], came_with: Any) -> int:
@@ -134,7 +146,8 @@ def _surplus(given: Mapping[str, TensorSpec], came_with: Any) -> int:
     return rows if 0 < rows <= padding.shape[0] else 0
 
 
-def _check_free(directory: Path) -> None:
+def _make_room(directory: Path) -> None:
+    commit.sweep(directory.parent, directory.name)  # what a killed conversion to the same place left
     try:
         taken = directory.is_symlink() or (directory.exists() and (not directory.is_dir() or any(directory.iterdir())))
     except OSError as error:

@@ -139,3 +139,5 @@ def _llama_obstacles(model: ModelConfig, kind: str) -> Iterator[str]:
     yield from (f"{what} {found}" for what, (found, needed) in wanted.items() if found != needed)
     if kind == "llama" and model.window_size is not None:
         yield f"--window-size {model.window_size}"
+    if kind == "llama" and model.hidden_size % model.num_attention_heads:  # its class refuses such a config
+        yield f"--num-attention-heads {model.num_attention_heads}, which does not divide --hidden-size"

@@ -31,7 +31,7 @@ from megatron.tokenizer.build import build_tokenizer
 
 EXIT_CONFIG = "exits.json"
 EXIT_FORMAT = {"format": "ee-llm-exits", "version": 1}
-KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")  # of config.json, for the way back
+_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
@@ -66,8 +66,7 @@ class HfSource:
         precision = _precision(self._files, word, (self._rows, model.hidden_size), config)
         self.config = RunConfig(model=model, exits=exits, tokenizer=tokenizer, precision=precision)
         self.facts: dict[str, Any] = {
-            "huggingface": {"model_type": kind, "vocab_size": self._rows}
-            | {name: config.values[name] for name in KEPT if name in config.values}
+            "huggingface": {"model_type": kind, "vocab_size": self._rows} | kept_values(config.values)
         }
         check(self.config, run=False, where=str(directory / CONFIG))
         self._specs = self._matched(self._shapes(model, exits, config))
@@ -158,6 +157,16 @@ class HfSource:
         """A tensor's name in the files: those of a bare base model leave out its prefix."""
         bare = name.removeprefix(self._names.base)
         return bare if name not in self._files.specs and bare in self._files.specs else name
+
+
+def kept_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json, or the facts of a conversion, says of tokens and caching: kept for the way back."""
+    found = {name: values[name] for name in _KEPT if name in values}
+    return {
+        name: value
+        for name, value in found.items()
+        if value is None or all(type(each) in (int, bool) for each in (value if isinstance(value, list) else [value]))
+    }
 
 
 def _exits(directory: Path) -> ExitConfig:

@@ -42,8 +42,6 @@ class ExitHead(nn.Module):
         self.block = copy.deepcopy(layer) if exits["use_exit_block"] else None
         self.norm = copy.deepcopy(_final_norm(model)) if exits["exit_norm"] == "own" else None
         self.output = copy.deepcopy(model.get_output_embeddings()) if exits["untie_exit_output_weights"] else None
-        if self.output is not None:
-            self.output.weight = nn.Parameter(self.output.weight.detach().clone())  # not the tied one
 
     def forward(self, tap: "_Tap", final_norm: nn.Module | None, tied: Tensor) -> Tensor:
         """Logits of a tap. `final_norm`: where exits share it. `tied`: the output matrix of heads that own none."""
@@ -82,7 +80,7 @@ class EarlyExitForCausalLM(nn.Module):
         if own:
             stored = load_file(cached_file(directory, "exits.safetensors"))
             model.exits.load_state_dict({name.removeprefix("exits."): tensor for name, tensor in stored.items()})
-        return model.to(backbone.device).eval()
+        return model.eval()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> EarlyExitOutput:
         """Token ids [batch, length] -> logits of all heads. All positions are computed: there is no cache."""

@@ -1,6 +1,7 @@
 """Writing: models that no architecture has, and failures, which leave nothing."""
 
 import errno
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,13 @@ def test_models_that_no_architecture_has(name: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_heads_that_do_not_divide_the_width(tmp_path: Path) -> None:
+    """Llama's class refuses them, Mistral's does not."""
+    ours = source(exits=ExitConfig(), num_attention_heads=6, kv_channels=8)
+    write_hf(ours, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "mistral"
+
+
 def test_nothing_is_replaced(tmp_path: Path) -> None:
     """But an empty directory."""
     target = tmp_path / "out"
@@ -59,6 +67,16 @@ def test_a_failure_at_any_file_operation_leaves_nothing(tmp_path: Path) -> None:
         with faults.armed(f"@{number}:enospc"), pytest.raises(StorageError, match=r"cannot write .*out"):
             write_hf(ours, tmp_path / "out", max_shard_bytes=60_000)
         assert [path.name for path in tmp_path.iterdir()] == ["counted"], points[number - 1]
+
+
+def test_leftovers_of_a_killed_conversion_are_swept(tmp_path: Path) -> None:
+    """Those of this target; another conversion may be on its way beside it."""
+    mine, other = (tmp_path / f"{name}.staging-{'0' * 32}" for name in ("out", "other"))
+    for path in (mine, other):
+        path.mkdir()
+        (path / "model.safetensors").write_bytes(b"half")
+    write_hf(source(), tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", other.name}
 
 
 def test_a_source_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:

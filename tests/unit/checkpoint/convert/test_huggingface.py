@@ -109,6 +109,19 @@ def test_rows_beyond_the_tokenizer_are_padding(family: str, tmp_path: Path) -> N
     assert_equal(whole(tmp_path / "trained"), {n: found.read(n) for n in found.specs() if not n.endswith(".padding")})
 
 
+def test_exits_added_since_get_the_same_rows(tmp_path: Path) -> None:
+    """A head without padding of its own is written with zeros there, so that all vocabularies are of one size."""
+    ids = with_tokenizer(tmp_path / "model", "llama", surplus=7)
+    found = HfSource(tmp_path / "model")
+    added = {name: spec for name, spec in found.specs().items() if name != "exits.2.output.weight.padding"}
+    found.specs = lambda: added
+    write_hf(found, tmp_path / "out")
+    back = HfSource(tmp_path / "out")
+    assert back.specs()["exits.2.output.weight"].shape == (ids, 32)
+    assert not back.read("exits.2.output.weight.padding").any()
+    assert torch.equal(back.read("output.weight.padding"), HfSource(tmp_path / "model").read("output.weight.padding"))
+
+
 def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
     """Into a native checkpoint that generates at once, and out again with all that lay beside it."""
     with_tokenizer(tmp_path / "model", "llama", surplus=3)
