@@ -89,10 +89,11 @@ def remove(directory: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def sweep(root: Path) -> None:
+def sweep(root: Path, name: str | None = None) -> None:
     """Remove what killed saves left in `root`; what was moved aside and never replaced gets its name back.
 
-    What can't be removed now is left to the next save.
+    With `name`, only what was to have it: others may be writing into `root`, too. What can't be removed now is left
+    to the next save.
 
     Raises:
         StorageError: what lies in `root` cannot be listed.
@@ -103,6 +104,8 @@ def sweep(root: Path) -> None:
         raise StorageError(f"cannot list {root}: {error}") from error
     for path in paths:
         match = _ASIDE.fullmatch(path.name)
+        if name is not None and (match is None or match["name"] != name):
+            continue
         with suppress(OSError):
             if match and match["kind"] == "replaced" and not (root / match["name"]).exists():
                 faults.point("commit.put_back")

@@ -9,7 +9,7 @@ from megatron.checkpoint.convert.agreement import check_agreement
 from megatron.checkpoint.convert.base import Layout, Source
 from megatron.checkpoint.convert.derived import Watched, fingerprint, moments, origins, split_vocabulary
 from megatron.checkpoint.convert.exits import NewExits, Position, add_exits, declare_exits, move_exits
-from megatron.checkpoint.convert.formats import Format, format_named
+from megatron.checkpoint.convert.formats import FORMATS, Format
 from megatron.checkpoint.state import PADDING
 from megatron.config.data import TokenizerConfig
 from megatron.errors import CheckpointError, ConfigError
@@ -62,7 +62,7 @@ def convert(job: Conversion, begin: Begin) -> Report:
         ConfigError: what is asked for makes no sense, or the target's format can't hold it.
         StorageError: the target can't be written, or its place is taken.
     """
-    reader, writer = format_named(job.source), format_named(job.target)
+    reader, writer = FORMATS[job.source], FORMATS[job.target]
     directory = reader.find(job.load, job.iteration)
     opened = reader.open(directory)
     try:

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.checkpoint.convert import megatron_target, native_target
-from megatron.checkpoint.convert.base import Source, Writer
+from megatron.checkpoint.convert.base import Check, Layout, Source, Writer
+from megatron.checkpoint.convert.hf_export import write_hf
+from megatron.checkpoint.convert.huggingface import HfSource
 from megatron.checkpoint.convert.megatron_source import MegatronSource
 from megatron.checkpoint.convert.native_source import NativeSource
 from megatron.checkpoint.find import recognise
@@ -36,15 +38,20 @@ def _found(name: str) -> Callable[[Path, int | None], Path]:
     return find
 
 
+def _hf_directory(root: Path, iteration: int | None) -> Path:
+    if iteration is not None:
+        raise ConfigError(f"--load-iteration {iteration}: a Hugging Face directory has no iterations; leave it out")
+    return root
+
+
+def _write_hf(source: Source, root: Path, _layout: Layout, check: Check) -> Path:
+    write_hf(source, root, check=check)
+    return root
+
+
 FORMATS: dict[str, Format] = {
     "native": Format(_found("native"), NativeSource, native_target.write),
     "megatron": Format(_found("megatron"), MegatronSource, megatron_target.write),
+    "hf": Format(_hf_directory, HfSource, _write_hf),
 }
-NAMES = ("native", "megatron", "hf")
-
-
-def format_named(name: str) -> Format:
-    """The format of --from or --to. Raises ConfigError where it isn't there."""
-    if name not in FORMATS:
-        raise ConfigError(f"format {name} is not there yet: choose {' or '.join(FORMATS)}")
-    return FORMATS[name]
+NAMES = tuple(FORMATS)

@@ -12,6 +12,7 @@ from megatron.checkpoint import megatron_legacy, native
 from megatron.checkpoint.convert import megatron_target, native_target
 from megatron.checkpoint.convert.base import Layout, TensorSpec
 from megatron.checkpoint.convert.convert import Conversion, Report, convert
+from megatron.checkpoint.convert.hf_export import write_hf
 from megatron.checkpoint.find import recognise
 from megatron.checkpoint.state import MODEL, OPTIMIZER
 from megatron.config.data import TokenizerConfig
@@ -20,6 +21,7 @@ from megatron.config.run import RunConfig
 from megatron.model.gpt import GPT
 from megatron.model.names import model_state
 from megatron.testing.tiny import build_gpt, model_config
+from tests.unit.checkpoint.convert.sources import source
 
 VOCAB, PADDED = 60, 64
 ITERATION = 7
@@ -123,3 +125,21 @@ def job(tmp_path: Path) -> Callable[..., Conversion]:
         return replace(Conversion(load, tmp_path / "out", source, target), **changes)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with exits in several files."""
+    directory = tmp_path_factory.mktemp("exported") / "model"
+    write_hf(source(), directory, max_shard_bytes=40_000)
+    return directory
+
+
+@pytest.fixture
+def model(exported: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    directory = tmp_path / "model"
+    directory.mkdir()
+    for path in exported.iterdir():
+        (directory / path.name).write_bytes(path.read_bytes())
+    return directory

@@ -11,7 +11,7 @@ from megatron.checkpoint.convert import convert as module
 from megatron.checkpoint.convert.base import Layout
 from megatron.checkpoint.convert.derived import Watched
 from megatron.checkpoint.convert.exits import NewExits
-from megatron.checkpoint.convert.formats import format_named
+from megatron.checkpoint.convert.formats import FORMATS
 from megatron.checkpoint.find import recognise
 from megatron.checkpoint.run_facts import read_run_facts
 from megatron.checkpoint.safe import read_legacy
@@ -159,7 +159,7 @@ def test_a_tensor_that_is_left_out_or_too_much_is_found(tmp_path):
         watched = Watched(read, lambda size: None)
         for name in watched.specs():
             watched.read(name)
-        verify = module._Verified(format_named("megatron"), watched, False, lambda size: None)
+        verify = module._Verified(FORMATS["megatron"], watched, False, lambda size: None)
         path = write_megatron(written, tmp_path / str(number))
         with pytest.raises(CheckpointError, match=r"removed: exits\.4\.norm\.bias$"):
             verify(path)
