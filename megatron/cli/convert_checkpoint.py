@@ -94,6 +94,11 @@ def _add_exits(group: Any) -> None:
         help="Instead: exits that use the model's own final norm and head, for models trained to leave anywhere.",
     )  # fmt: skip
 
+    group.add_argument(
+        "--merge-exits", type=Path, metavar="DIR",
+        help="Instead: put the exits that --tune-exit saved here into the whole model of --load-dir.",
+    )  # fmt: skip
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code."""
@@ -108,11 +113,14 @@ def _job(args: argparse.Namespace) -> Conversion:
     target = args.target or source
     layout, tokenizer = layout_asked(args), tokenizer_asked(args)
     add, moves = _new_exits(args), args.conversion_type == "exit-position"
-    if not (add or moves or args.exits_at):
+    if args.merge_exits and (add or moves or args.exits_at):
+        raise ConfigError("--merge-exits takes exits as they are: add or move others in a run of its own")
+    if not (add or moves or args.exits_at or args.merge_exits):
         _check_some_work(args, source, target, layout)
     return Conversion(
         args.load_dir, args.save_dir, source, target, iteration, layout, add, tuple(args.exits_at),
-        (args.target_exit_position or "post") if moves else None, args.true_vocab_size, tokenizer, args.verify,
+        (args.target_exit_position or "post") if moves else None, args.merge_exits, args.true_vocab_size, tokenizer,
+        args.verify,
     )  # fmt: skip
 
 

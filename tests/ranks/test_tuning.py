@@ -10,8 +10,10 @@ import torch
 
 from megatron.checkpoint import native
 from megatron.checkpoint.find import recognise
+from megatron.cli.convert_checkpoint import main as convert
 from megatron.config.run import RunConfig
 from megatron.errors import CheckpointError, ConfigError
+from megatron.inference.build import load_model
 from megatron.model.names import model_state
 from megatron.parallel.mesh import ONE_RANK, Mesh
 from megatron.testing.layouts import VOCAB, Whole, assemble, build, one_step, toy_config
@@ -200,3 +202,41 @@ def test_exits_beyond_the_loaded_stages_are_refused_where_none_is_left() -> None
     flags = tuned("norm", "--exit-layer-nums", "3", "4", "--pipeline-model-parallel-size", "2")
     with pytest.raises(ConfigError, match="no exit lies in the first 1 pipeline stages, which end at layer 2"):
         build_trainer(flags)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_tuned_exits_are_merged_into_the_whole_model(base: Path, tmp_path: Path, alone: bool) -> None:
+    """Of three tied exits the tuned one is replaced; the others get copies of what they used, and compute the same."""
+    tuned = ["--save", str(tmp_path / "tuned"), *(["--save-exits-only"] if alone else [])]
+    trainer = start(on_first_stage(base, *tuned))
+    steps(trainer, range(2))
+    checkpoints.save(trainer)
+    with pytest.raises(CheckpointError, match="exits alone" if alone else "the first 2 layers alone"):
+        load_model(tmp_path / "tuned", device="cpu")
+
+    words = f"--load-dir {base} --save-dir {tmp_path / 'merged'} --merge-exits {tmp_path / 'tuned'}"
+    assert convert(words.split()) == 0
+    before, after = (native.read(recognise(root).directory).tensors for root in (base, tmp_path / "merged"))
+    mine = weights(trainer)
+    for name, tensor in after.items():
+        part = name.removeprefix("model/")
+        if part.startswith("exits.2."):
+            assert torch.equal(tensor, mine[part]), name
+        elif part.startswith("exits.") and ".output.weight" in part:
+            assert torch.equal(tensor, before[f"model/embedding.word.weight{part.partition('.output.weight')[2]}"]), (
+                name
+            )
+        else:
+            assert torch.equal(tensor, before[name]), name
+    model, _, config = load_model(tmp_path / "merged", device="cpu")
+    assert model.head_labels() == ("1", "2", "3", "final")
+    assert config.exits.untie_exit_output_weights
+
+
+def test_exits_of_another_model_are_not_merged(base: Path, tmp_path: Path, capsys) -> None:
+    other = build(ONE_RANK, tuned("norm", "--hidden-size", "64", "--save", str(tmp_path / "other")), torch.float32)
+    checkpoints.save(other)
+    words = f"--load-dir {base} --save-dir {tmp_path / 'merged'} --merge-exits {tmp_path / 'other'}"
+    assert convert(words.split()) == 2
+    assert "tuned on another model: hidden_size 32 and 64" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()

@@ -10,6 +10,8 @@ from megatron.checkpoint.convert.base import Layout, Source
 from megatron.checkpoint.convert.derived import Watched, fingerprint, moments, origins, split_vocabulary
 from megatron.checkpoint.convert.exits import NewExits, Position, add_exits, declare_exits, move_exits
 from megatron.checkpoint.convert.formats import FORMATS, Format
+from megatron.checkpoint.convert.merge import merge_exits
+from megatron.checkpoint.convert.native_source import NativeSource
 from megatron.checkpoint.state import PADDING
 from megatron.config.data import TokenizerConfig
 from megatron.errors import CheckpointError, ConfigError
@@ -23,7 +25,8 @@ _log = get_logger(__name__)
 class Conversion:
     """What is to be done. iteration: None is the newest. vocab_size: ids of the tokenizer, where it is known.
 
-    tokenizer: fields of TokenizerConfig that replace what the source says. At most one of add, declare and move.
+    tokenizer: fields of TokenizerConfig that replace what the source says. merge: what a tuning run saved. At most one
+    of add, declare, move and merge.
     """
 
     load: Path
@@ -35,6 +38,7 @@ class Conversion:
     add: NewExits | None = None
     declare: tuple[int, ...] = ()
     move: Position | None = None
+    merge: Path | None = None
     vocab_size: int | None = None
     tokenizer: dict[str, Any] = field(default_factory=dict)
     verify: bool = True
@@ -66,6 +70,7 @@ def convert(job: Conversion, begin: Begin) -> Report:
     directory = reader.find(job.load, job.iteration)
     opened = reader.open(directory)
     try:
+        _check_whole(opened, directory)
         check_agreement(opened, f"{directory}, by its own config,")
         changed = _with_vocabulary(job, _changed(job, opened))
         carried = moments(changed) if job.target == "native" else {}
@@ -87,7 +92,19 @@ def _changed(job: Conversion, source: Source) -> Source:
         return add_exits(source, job.add)
     if job.declare:
         return declare_exits(source, job.declare)
+    if job.merge is not None:
+        return merge_exits(source, NativeSource(FORMATS["native"].find(job.merge, None)))
     return source if job.move is None else move_exits(source, job.move)
+
+
+def _check_whole(source: Source, directory: Path) -> None:
+    """Raises CheckpointError for what a tuning run saved of a model's first stages, or of its exits alone."""
+    if (held := source.facts.get("holds")) is not None:
+        what = "exits alone" if held == "exits" else f"the first {held} layers alone"
+        raise CheckpointError(
+            f"{directory} holds {what}: convert the whole model that it was tuned on (--load-dir), with "
+            "--merge-exits for this one"
+        )
 
 
 def _with_vocabulary(job: Conversion, source: Source) -> Source:
