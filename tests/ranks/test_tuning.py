@@ -238,5 +238,5 @@ def test_exits_of_another_model_are_not_merged(base: Path, tmp_path: Path, capsy
     checkpoints.save(other)
     words = f"--load-dir {base} --save-dir {tmp_path / 'merged'} --merge-exits {tmp_path / 'other'}"
     assert convert(words.split()) == 2
-    assert "tuned on another model: hidden_size 32 and 64" in capsys.readouterr().err
+    assert "tuned on another model than --load-dir: hidden_size 32 and 64" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
