@@ -15,7 +15,7 @@ from megatron.config.load import load
 from megatron.parallel.backend import Backend
 from megatron.planning.device import Device
 from megatron.planning.estimate import Estimate, Setup, estimate
-from megatron.testing.layout_memory import measure_layout
+from megatron.testing.rank_memory import measure_in_fresh_processes
 from megatron.testing.tiny import random_batch
 from megatron.train import checkpoints
 from megatron.train.build import build_trainer
@@ -54,10 +54,10 @@ def memory_figures(sizes: str, batch: int) -> list[Figure]:
     figures, right = [], []
     for name, layout in LAYOUTS.items():
         words = [*flags(8, "--exit-layer-nums 2 4", batch, sizes), *layout.split()]
-        plan, found = predicted(words, 2), measure_layout(words, 2)
-        off = [answer["peak"] / plan.ranks[answer["pp"]].memory for answer in found]
+        plan, found = predicted(words, 2), measure_in_fresh_processes(words, 2)
+        off = [rank.peak / plan.ranks[rank.pp].memory for rank in found]
         spans = plan.timeline.spans
-        right += [answer["actions"] == [str(span.action) for span in spans[answer["pp"]]] for answer in found]
+        right += [rank.actions == tuple(str(span.action) for span in spans[rank.pp]) for rank in found]
         figures.append(Figure(f"{name}: peak memory / predicted", max(off, key=lambda ratio: abs(ratio - 1)), "x"))
     furthest = max(abs(figure.value - 1) for figure in figures)
     return [

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron.cli.guard import run_guarded
 from megatron.cli.plan_pipeline import write_picture
 from megatron.errors import ConfigError
-from megatron.schedule.actions import Pipeline, Schedule
+from megatron.schedule.actions import Pipeline
 from megatron.schedule.draw import text_timeline
 from megatron.schedule.generate import GENERATORS
 from megatron.schedule.place import best_fill, place_heads
@@ -18,11 +18,14 @@ NAMES = {
     "plain": "1F1B without early exits",
     "1f1b": "1F1B, heads before each backward",
     "planned": "1F1B, heads in idle time",
+    "unfilled": "1F1B, the full microbatches of the filled step alone",
     "fill": "1F1B, bubbles filled",
     "gpipe": "GPipe",
     "interleaved": "Interleaved",
     "zb-h1": "Zero bubble (ZB-H1)",
 }
+
+UNIT = "forwards"  # of time: what a forward of one stage takes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,16 +54,17 @@ def _draw(options: argparse.Namespace) -> None:
         raise ConfigError("--stages, --microbatches and --chunks are 1 or more, times are not negative")
     if any(not 0 <= stage < options.stages for stage in options.exits):
         raise ConfigError(f"--exits: the stages are 0 to {options.stages - 1}")
-    panels = [(NAMES[name], _timeline(name, options)) for name in options.schedules]
+    panels = [_panel(name, options) for name in options.schedules]
     if options.output:
-        write_picture(panels, options.output)
+        write_picture(panels, options.output, UNIT)
         return
     for title, timeline in panels:
         figures = f"step {timeline.makespan:.4g}, {timeline.bubble_share:.1%} idle"
         sys.stdout.write(f"{title}: {figures}\n{text_timeline(timeline, 0.5)}\n")
 
 
-def _timeline(name: str, options: argparse.Namespace) -> Timeline:
+def _panel(name: str, options: argparse.Namespace) -> tuple[str, Timeline]:
+    """A schedule's title and what happens; the title of a filled step has the numbers of its microbatches."""
     chunks = options.chunks if name == "interleaved" else 1
     exits = [] if name == "plain" else [stage * chunks for stage in options.exits]
     stages = options.stages * chunks
@@ -69,11 +73,15 @@ def _timeline(name: str, options: argparse.Namespace) -> Timeline:
     costs = [Costs(1 / chunks, options.head * count, half, half) for count in heads]
     with_heads = frozenset(stage for stage, count in enumerate(heads) if count)
     pipeline = Pipeline(options.stages, options.microbatches, with_heads, chunks)
-    return simulate(_schedule(name, pipeline, costs), costs)
-
-
-def _schedule(name: str, pipeline: Pipeline, costs: Sequence[Costs]) -> Schedule:
-    if name == "fill":
-        return best_fill(pipeline, costs).schedule
+    if name in ("unfilled", "fill"):
+        return _filled(name, pipeline, costs)
     schedule = GENERATORS.get(name, GENERATORS["1f1b"])(pipeline)
-    return place_heads(schedule, costs) if name == "planned" else schedule
+    return NAMES[name], simulate(place_heads(schedule, costs) if name == "planned" else schedule, costs)
+
+
+def _filled(name: str, pipeline: Pipeline, costs: Sequence[Costs]) -> tuple[str, Timeline]:
+    """The step with fillers, or that of its full microbatches alone, with which it is to be compared."""
+    filling = best_fill(pipeline, costs)
+    partial = filling.warmup + filling.cooldown
+    full = f"{NAMES[name]}: {pipeline.num_microbatches - partial} full"
+    return (full, filling.plain) if name == "unfilled" else (f"{full}, {partial} partial", filling.timeline)

@@ -12,7 +12,7 @@ from megatron.model.partition import stages_of
 from megatron.parallel.backend import Backend
 from megatron.parallel.mesh import launched_size
 from megatron.parallel.tensor import TensorParallel
-from megatron.planning import report
+from megatron.planning import report, units
 from megatron.planning.device import Device, named_like, preset
 from megatron.planning.estimate import Estimate, Setup, estimate
 from megatron.planning.parameters import model_parameters
@@ -31,10 +31,11 @@ def dry_run(config: RunConfig) -> None:
     config = untie_heads(config)
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_ranks
-    setup = Setup(config, launched_size() or tp * pp, vocabulary_rows(config, tp), _device(config))
+    device = _device(config)
+    setup = Setup(config, launched_size() or tp * pp, vocabulary_rows(config, tp), device or _usual(config))
     found = estimate(setup)
     build_without_memory(setup, found)
-    sys.stdout.write(_text(setup, found))
+    sys.stdout.write(_text(setup, found, device is None))
     sys.stdout.flush()
     if not found.fits(setup.device):
         raise ConfigError(_misfit(setup, found))
@@ -50,35 +51,40 @@ def build_without_memory(setup: Setup, found: Estimate) -> None:
         assert sum(parameter.numel() for parameter in model.parameters()) == rank.parameters.total
 
 
-def _device(config: RunConfig) -> Device:
+def _device(config: RunConfig) -> Device | None:
+    """As given, else the GPU that is there, if the presets know it."""
     dtype = config.precision.params_dtype
     if config.logging.device is not None:
         return preset(config.logging.device, dtype)
     backend = Backend.choose(config.parallel.distributed_backend)
     memory = backend.memory_bytes()
-    known = named_like(backend.name(), memory, dtype) if memory else None
-    return known or preset(USUAL, dtype)
+    return named_like(backend.name(), memory, dtype) if memory else None
 
 
-def _text(setup: Setup, found: Estimate) -> str:
+def _usual(config: RunConfig) -> Device:
+    return preset(USUAL, config.precision.params_dtype)
+
+
+def _text(setup: Setup, found: Estimate, assumed: bool) -> str:
     config, device = setup.config, setup.device
     stages = stages_of(config.model, config.exits, config.parallel)
-    parameters = report.count(model_parameters(config.model, config.exits, stages, setup.rows))
+    parameters = units.count(model_parameters(config.model, config.exits, stages, setup.rows))
+    name = f"{device.name} (assumed: give --device)" if assumed else device.name
     return "\n".join([
-        f"{parameters} parameters on {setup.world_size} x {device.name}: {describe(found)}, {found.microbatches} "
-        f"microbatches, {report.tokens(found):,} tokens a step",
+        f"{parameters} parameters on {setup.world_size} x {name}: {describe(found)}, "
+        f"{units.counted(found.microbatches, 'microbatch')}, {found.tokens:,} tokens a step",
         report.ranks(found),
-        f"step: {report.seconds(found.step)} (forward and backward {report.seconds(found.forward_backward)}, sums of "
-        f"gradients {report.seconds(found.reduction)}, update {report.seconds(found.update)}), "
-        f"{report.tokens(found) / found.step:,.0f} tokens/s",
-        f"memory: {report.gigabytes(found.memory)} of {report.gigabytes(device.memory)} that a run may use, GB in the "
-        "table; predicted, not measured",
+        f"step: {units.seconds(found.step)} (forward and backward {units.seconds(found.forward_backward)}, sums of "
+        f"gradients {units.seconds(found.reduction)}, update {units.seconds(found.update)}), "
+        f"{found.tokens_per_second:,.0f} tokens/s" + (" of full microbatches" if found.fillers else ""),
+        f"memory: {units.memory(found.memory)} of {units.memory(device.memory)} that a run may use, "
+        f"{report.memory_unit(found)} in the table; predicted, not measured",
         "it fits" if found.fits(device) else "it does not fit",
     ]) + "\n"  # fmt: skip
 
 
 def _misfit(setup: Setup, found: Estimate) -> str:
-    over = report.gigabytes(found.memory - setup.device.memory)
+    over = units.memory(found.memory - setup.device.memory)
     name = nearest_recompute(setup)
     if name is None:
         mend = "no recompute is enough: take more devices or a smaller --micro-batch-size (tools/plan_pipeline.py)"

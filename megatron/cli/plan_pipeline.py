@@ -15,11 +15,11 @@ from megatron.errors import ConfigError, StorageError
 from megatron.exits.spec import exit_specs
 from megatron.files import atomic_write
 from megatron.model.partition import partition
-from megatron.planning import report
+from megatron.planning import report, units
 from megatron.planning.device import Device
 from megatron.planning.estimate import Estimate, Setup, estimate, timeline_of
 from megatron.planning.parameters import model_parameters
-from megatron.planning.search import RECOMPUTE, SCHEDULES, Found, Space, describe, search
+from megatron.planning.search import RECOMPUTE, SCHEDULES, Found, Space, describe, schedule_name, search
 from megatron.schedule.draw import Panels, figure, svg
 
 ENTRY = "plan_pipeline.py"
@@ -77,7 +77,7 @@ def _plan(options: argparse.Namespace, words: list[str]) -> None:
 def _text(base: Setup, found: Found, spent: float) -> str:
     model, exits, device = base.config.model, base.config.exits, base.device
     whole = partition((model.num_layers,), exit_specs(exits))
-    parameters = report.count(model_parameters(model, exits, whole, base.rows))
+    parameters = units.count(model_parameters(model, exits, whole, base.rows))
     names = [str(place) for place in range(1, len(found.best) + 1)]
     shown, best = list(found.best), found.best[0]
     given = _as_given(base)
@@ -86,14 +86,18 @@ def _text(base: Setup, found: Found, spent: float) -> str:
         shown.append(given)
     parts = [
         f"{parameters} parameters on {base.world_size} x {device.name} ({device.flops_per_s / 1e12:.4g} TFLOP/s in "
-        f"layers, {device.memory / 1e9:.1f} GB): {found.judged} layouts in {spent:.1f} s",
+        f"layers, {units.memory(device.memory)}): {found.judged} layouts in {spent:.1f} s",
         report.choices(shown, names) + _verdict(given, device),
-        f"The first by pipeline rank, GB ({best.microbatches} microbatches a step; "
-        f"forward and backward {report.seconds(best.forward_backward)}, sums of gradients "
-        f"{report.seconds(best.reduction)}, update {report.seconds(best.update)}):",
+        "The fastest of each schedule and division of layers:",
+        report.kinds(found.kinds, device),
+        f"The first by pipeline rank, {report.memory_unit(best)} ({units.counted(best.microbatches, 'microbatch')} a "
+        f"step; forward and backward {units.seconds(best.forward_backward)}, sums of gradients "
+        f"{units.seconds(best.reduction)}, update {units.seconds(best.update)}):",
         report.ranks(best),
         "Its flags:\n" + " ".join(report.flags(best)),
     ]
+    if schedule_name(best) == "interleaved":
+        parts.append("On GPUs leave CUDA_DEVICE_MAX_CONNECTIONS=1 unset.")
     return "\n".join(parts) + "\n"
 
 
@@ -113,20 +117,23 @@ def draw(base: Setup, best: Estimate, output: Path) -> None:
     """A picture of the first microbatches of a step. Raises ConfigError for a name that ends otherwise."""
     setup = replace(base, config=best.config)
     count = min(best.microbatches, DRAWN * len(best.ranks))
-    part = f", {count} of {best.microbatches} microbatches" if count < best.microbatches else ""
-    panels = [(describe(best) + part, timeline_of(setup, count))]
-    write_picture(panels, output, "s")
+    timeline, whole = timeline_of(setup, count), units.seconds(best.forward_backward)
+    part, time = "", f"forward and backward {whole}"
+    if count < best.microbatches:
+        part = f", {count} of {units.counted(best.microbatches, 'microbatch')}"
+        time = f"{units.seconds(timeline.makespan)} of {whole}"
+    write_picture([(describe(best) + part, timeline)], output, "s", [f"{time}, {units.percent(best.idle)} idle in all"])
 
 
-def write_picture(panels: Panels, output: Path, unit: str = "") -> None:
-    """Write timelines as .svg or .png."""
+def write_picture(panels: Panels, output: Path, unit: str = "", figures: Sequence[str] | None = None) -> None:
+    """Write timelines as .svg or .png; unit and figures as in `schedule.draw.svg`."""
     if output.suffix == ".svg":
-        _write(output, svg(panels, unit))
+        _write(output, svg(panels, unit, figures))
     elif output.suffix == ".png":
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(str(output)) as file:
-                figure(panels, unit).savefig(file, format="png", dpi=110)
+                figure(panels, unit, figures).savefig(file, format="png", dpi=110)
         except OSError as error:
             raise StorageError(f"{output} cannot be written: {error}") from error
     else:
@@ -139,6 +146,10 @@ def _data(base: Setup, found: Found) -> dict:
         "num_gpus": base.world_size,
         "device": {"name": device.name, "flops_per_s": device.flops_per_s, "memory": device.memory},
         "judged": found.judged,
+        "kinds": [
+            {"schedule": schedule, "division": division, **report.as_data(one, device)}
+            for (schedule, division), one in found.kinds.items()
+        ],
         "best": [report.as_data(one, device) for one in found.best],
     }
 

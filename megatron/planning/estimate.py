@@ -4,7 +4,7 @@ Long steps are simulated with fewer microbatches: once the pipeline is full, p m
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron.config.run import RunConfig
 from megatron.errors import ConfigError
@@ -15,8 +15,9 @@ from megatron.planning.device import Device
 from megatron.planning.memory import BUCKET, GRADIENT, State, messages, training_state, with_memory
 from megatron.planning.parameters import Parameters, rank_parameters
 from megatron.planning.schedules import make_schedule
-from megatron.schedule.actions import Pipeline
+from megatron.schedule.actions import Pipeline, Schedule
 from megatron.schedule.simulate import Costs, Timeline, simulate
+from megatron.schedule.terms import derive_terms
 
 LONG = 12_000  # actions; longer steps are simulated in part
 UPDATE_BYTES = 44  # that an update moves per parameter: zeroing, norm, clipping, weights and moments
@@ -42,7 +43,10 @@ class RankEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A step. Times in seconds. timeline: of the pass, of fewer microbatches where it is long (`shown` of them)."""
+    """A step. Times in seconds. timeline: of the pass, of fewer microbatches where it is long (`shown` of them).
+
+    config: as asked for, with the numbers of fillers that the whole step has.
+    """
 
     config: RunConfig
     dp: int
@@ -58,6 +62,29 @@ class Estimate:
     def step(self) -> float:
         """All of it, one after the other."""
         return self.forward_backward + self.reduction + self.update
+
+    @property
+    def fillers(self) -> int:
+        """Microbatches of the step that are partial: not forward and back on all stages."""
+        parallel = self.config.parallel
+        if not parallel.fill_explicit_bubbles:
+            return 0
+        return parallel.num_fill_warmup_microbatches + parallel.num_fill_cooldown_microbatches
+
+    @property
+    def tokens(self) -> int:
+        """Of a step, on all devices; those of fillers as well."""
+        return self.microbatches * self._tokens
+
+    @property
+    def tokens_per_second(self) -> float:
+        """By which layouts are compared: of microbatches that go all the way and back, not of fillers."""
+        return (self.microbatches - self.fillers) * self._tokens / self.step
+
+    @property
+    def _tokens(self) -> int:
+        """Of one microbatch on all data-parallel ranks."""
+        return self.dp * self.config.training.micro_batch_size * self.config.model.seq_length
 
     @property
     def memory(self) -> float:
@@ -148,6 +175,7 @@ def estimate(setup: Setup) -> Estimate:
 
     Raises ConfigError or ScheduleError for what can't be run.
     """
+    setup = _with_fillers(setup)
     config, p = setup.config, setup.config.parallel.pipeline_ranks
     stages = stages_of(config.model, config.exits, config.parallel)
     costs, count = setup.costs(stages), setup.microbatches
@@ -156,9 +184,7 @@ def estimate(setup: Setup) -> Estimate:
         return timeline_of(setup, microbatches)
 
     makespan, peaks, timeline, shown = _extrapolated(run, count, p, 3 * len(stages))
-    busy = [count * sum(_work(cost) for cost in costs[rank::p]) for rank in range(p)]
-    if config.parallel.fill_explicit_bubbles:
-        busy = [timeline.busy(rank) * makespan / timeline.makespan for rank in range(p)]
+    busy = [timeline.busy(rank) + (count - shown) * sum(_work(cost) for cost in costs[rank::p]) for rank in range(p)]
     waiting = messages(setup.activations(), p, len(stages) // p)
     ranks = []
     for rank in range(p):
@@ -191,19 +217,53 @@ def estimate(setup: Setup) -> Estimate:
 
 def timeline_of(setup: Setup, microbatches: int) -> Timeline:
     """The pass over so many of the step's microbatches, simulated."""
+    return simulate(*_schedule(setup, microbatches))
+
+
+def _schedule(setup: Setup, microbatches: int) -> tuple[Schedule, tuple[Costs, ...]]:
     config, p = setup.config, setup.config.parallel.pipeline_ranks
     stages = stages_of(config.model, config.exits, config.parallel)
     costs, heads = setup.costs(stages), frozenset(stage.index for stage in stages if stage.heads)
     pipeline = Pipeline(p, microbatches, heads, len(stages) // p, config.parallel.tune_exit)
-    return simulate(make_schedule(config.parallel, pipeline, costs), costs)
+    return make_schedule(config.parallel, pipeline, costs), costs
+
+
+def _with_fillers(setup: Setup) -> Setup:
+    """With the numbers of fillers that the whole step has, so that a part of it is simulated with the same.
+
+    Of long steps they are read off a part: with and without fillers, p more microbatches take the same time.
+    """
+    parallel, count = setup.config.parallel, setup.microbatches
+    if not parallel.fill_explicit_bubbles:
+        return setup
+    p = parallel.pipeline_ranks
+    simulated = count if _is_short(count, p, 3 * p) else _few(count, p)
+    terms = derive_terms(_schedule(setup, simulated)[0])
+    warmup = len(terms.warmup)
+    settled = replace(
+        parallel,
+        num_fill_warmup_microbatches=warmup,
+        num_fill_cooldown_microbatches=simulated - warmup - terms.complete[0],
+    )
+    return replace(setup, config=replace(setup.config, parallel=settled))
+
+
+def _few(count: int, p: int) -> int:
+    """Microbatches by which a step of `count` is simulated where it is long."""
+    return 4 * p + count % p
+
+
+def _is_short(count: int, p: int, actions: int) -> bool:
+    """Whether all microbatches are simulated; actions: of one."""
+    return count <= _few(count, p) or count * actions <= LONG
 
 
 def _extrapolated(
     run: Callable[[int], Timeline], count: int, p: int, actions: int
 ) -> tuple[float, tuple[float, ...], Timeline, int]:
     """Time and peaks of `count` microbatches: simulated, or where that is long from two steps that are p apart."""
-    few = 4 * p + count % p
-    if count <= few or count * actions <= LONG:
+    few = _few(count, p)
+    if _is_short(count, p, actions):
         timeline = run(count)
         return timeline.makespan, timeline.peak_memory, timeline, count
     before, timeline = run(few - p), run(few)

@@ -1,6 +1,6 @@
 """Estimates in words, tables and plain data. No torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -8,12 +8,12 @@ from megatron.config.flags import to_argv
 from megatron.config.parallel import ParallelConfig
 from megatron.config.run import RunConfig
 from megatron.config.training import TrainingConfig
-from megatron.model.partition import StageSpec
 from megatron.planning.device import Device
 from megatron.planning.estimate import Estimate, RankEstimate
 from megatron.planning.search import describe, schedule_name
+from megatron.planning.units import count, in_unit, memory, percent, seconds, unit_of
 
-GB = 1e9
+MANY = 8  # ranks of which a line tells the memory one by one
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -29,17 +29,46 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def choices(estimates: Sequence[Estimate], names: Sequence[str]) -> str:
     """One line for each layout."""
     rows = [("", "step", "tokens/s", "idle", "memory", "layout")]
+    unit = unit_of([one.memory for one in estimates])
     for name, one in zip(names, estimates, strict=True):
         placed = ", heads in idle time" if one.config.parallel.exit_placement == "planned" else ""
-        depths = one.config.parallel.pipeline_model_parallel_layout
-        uneven = f", {depths}" if depths else ""
-        rows.append((name, seconds(one.step), f"{tokens(one) / one.step:,.0f}", f"{one.idle:.1%}",
-                     gigabytes(one.memory), describe(one) + placed + uneven))  # fmt: skip
+        rows.append((name, seconds(one.step), f"{one.tokens_per_second:,.0f}", percent(one.idle),
+                     memory(one.memory, unit), describe(one) + placed + _division(one)))  # fmt: skip
     return table(rows)
 
 
+def kinds(found: Mapping[tuple[str, str], Estimate], device: Device) -> str:
+    """One line for the fastest of each schedule and division of layers, the fastest first."""
+    unit = unit_of([one.memory for one in found.values()])
+    rows = [("schedule", "layers", "step", "tokens/s", "idle", f"memory by stage, {unit}", "layout")]
+    for (schedule, division), one in sorted(found.items(), key=lambda item: -item[1].tokens_per_second):
+        misfit = "" if one.fits(device) else " (does not fit)"
+        rows.append((schedule, division, seconds(one.step), f"{one.tokens_per_second:,.0f}", percent(one.idle),
+                     _by_stage(one, unit), describe(one) + misfit))  # fmt: skip
+    return table(rows)
+
+
+def _by_stage(estimate: Estimate, unit: str) -> str:
+    """Memory of each pipeline rank; of many the first, the fullest and the last."""
+    sizes = [rank.memory for rank in estimate.ranks]
+    if len(sizes) > MANY:
+        first, fullest, last = (in_unit(size, unit) for size in (sizes[0], max(sizes), sizes[-1]))
+        return f"{first} .. at most {fullest} .. {last}"
+    return " ".join(in_unit(size, unit) for size in sizes)
+
+
+def _division(estimate: Estimate) -> str:
+    depths = estimate.config.parallel.pipeline_model_parallel_layout
+    return f", {depths}" if depths else ""
+
+
+def memory_unit(estimate: Estimate) -> str:
+    """In which `ranks` gives memory: GB, or MB where all is below 1 GB."""
+    return unit_of([rank.memory for rank in estimate.ranks])
+
+
 def ranks(estimate: Estimate) -> str:
-    """One line for each pipeline rank: what it has, and its memory in GB."""
+    """One line for each pipeline rank: what it has, and its memory in `memory_unit`."""
     head = (
         "rank",
         "parameters",
@@ -51,13 +80,13 @@ def ranks(estimate: Estimate) -> str:
         "idle",
         "has",
     )
-    rows = [head]
+    rows, unit = [head], memory_unit(estimate)
     for number, rank in enumerate(estimate.ranks):
         state = rank.state
         rows.append((
-            str(number), count(rank.parameters.total), *(f"{size / GB:.2f}" for size in (
+            str(number), count(rank.parameters.total), *(in_unit(size, unit) for size in (
                 state.weights + state.gradients, state.optimizer, rank.activations, rank.heads_peak, rank.memory)),
-            f"{rank.idle:.1%}", contents(rank),
+            percent(rank.idle), contents(rank),
         ))  # fmt: skip
     return table(rows)
 
@@ -114,8 +143,10 @@ def as_data(estimate: Estimate, device: Device) -> dict[str, Any]:
         "exit_placement": parallel.exit_placement,
         "micro_batch_size": training.micro_batch_size,
         "microbatches": estimate.microbatches,
+        "fillers": estimate.fillers,
         "recompute": training.recompute_granularity or "none",
         "step": estimate.step,
+        "tokens_per_second": estimate.tokens_per_second,
         "forward_backward": estimate.forward_backward,
         "reduction": estimate.reduction,
         "update": estimate.update,
@@ -138,28 +169,3 @@ def as_data(estimate: Estimate, device: Device) -> dict[str, Any]:
             for one in estimate.ranks
         ],
     }
-
-
-def _stage(stage: StageSpec) -> dict[str, Any]:
-    return {"first": stage.first + 1, "last": stage.last, "exits": [spec.label for spec in stage.exits]}
-
-
-def tokens(estimate: Estimate) -> int:
-    """Of a step."""
-    training, model = estimate.config.training, estimate.config.model
-    return estimate.microbatches * estimate.dp * training.micro_batch_size * model.seq_length
-
-
-def seconds(time: float) -> str:
-    """With the digits that matter."""
-    return f"{time:.2f} s" if time >= 1 else f"{time * 1e3:.3g} ms"
-
-
-def gigabytes(size: float) -> str:
-    """Of memory."""
-    return f"{size / GB:.2f} GB"
-
-
-def count(parameters: int) -> str:
-    """In millions or billions."""
-    return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"

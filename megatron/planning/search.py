@@ -1,7 +1,7 @@
 """The best way to spread a run over devices: every layout is judged roughly, the best of them are simulated. No torch.
 
 Rough: what fits by a count of microbatches in flight, and the slowest rank's work plus the filling of the pipeline.
-Simulated: `estimate`, whose numbers decide.
+Simulated: `estimate`, whose numbers decide: tokens a second, of microbatches that go all the way and back.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,7 @@ from megatron.planning.costs import Clock
 from megatron.planning.estimate import Estimate, Setup, estimate, reduction_time, update_time
 from megatron.planning.memory import messages, training_state
 from megatron.planning.parameters import rank_parameters
+from megatron.planning.units import memory as in_words
 
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "zb-h1", "1f1b+fill")
 CHUNKS = (2, 3, 4, 5, 8)
@@ -41,13 +42,17 @@ class Space:
 
 @dataclass(frozen=True)
 class Found:
-    """The best layouts, fastest first, none of which overflows the memory; and how many were judged."""
+    """The best layouts, fastest first, none of which overflows the memory; and how many were judged.
+
+    kinds: the fastest of each schedule and division of layers that fits, else the one that needs least memory.
+    """
 
     best: tuple[Estimate, ...]
     judged: int
+    kinds: dict[tuple[str, str], Estimate]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rough:
     """A layout and what it will roughly take: seconds a step, bytes of the fullest rank."""
 
@@ -55,31 +60,62 @@ class Rough:
     time: float
     memory: float
 
+    @property
+    def kind(self) -> tuple[str, str]:
+        """Schedule, and how layers are divided into stages."""
+        parallel = self.setup.config.parallel
+        if parallel.pipeline_model_parallel_size == 1:
+            return "no pipeline", "all"
+        schedule = "1f1b+fill" if parallel.fill_explicit_bubbles else parallel.pipeline_schedule
+        return schedule, "balanced" if parallel.pipeline_model_parallel_layout else "equal"
+
 
 def search(base: Setup, space: Space, keep: int = 5, tries: int = 24) -> Found:
     """Judge all layouts in `space`, simulate up to `tries` of the most promising, return the `keep` fastest that fit.
 
-    Raises ConfigError where none fits, with the one that needs least memory, or where nothing divides.
+    Some of each kind are simulated in any case. Raises ConfigError where none fits, with the one that needs least
+    memory, where nothing divides, or without a global batch: steps of several sizes can't be compared.
     """
+    if base.config.training.global_batch_size is None:
+        raise ConfigError("layouts are compared by steps of the same size: give --global-batch-size")
     rough = list(_without_needless_recompute(base, _families(base, space)))
     if not rough:
         raise ConfigError(
             f"no layout of the model fits {base.world_size} devices: tp must divide the heads, the MLP's width and the "
             "devices, pp may not exceed the layers, and the global batch must divide by micro-batch times dp"
         )
-    fitting = sorted((one for one in rough if one.memory <= base.device.memory * 1.05), key=lambda one: one.time)
-    found: list[Estimate] = []
-    for one in fitting[:tries]:
-        judged = estimate(one.setup)
-        if judged.fits(base.device):
-            found.append(judged)
-    if not found:
+    rough.sort(key=lambda one: one.time)
+    fitting = [one for one in rough if one.memory <= base.device.memory * 1.05]
+    kinds: dict[tuple[str, str], list[Rough]] = {}
+    for one in rough:
+        kinds.setdefault(one.kind, []).append(one)
+    for kind, members in kinds.items():
+        kinds[kind] = _promising(members, base)
+    promising = dict.fromkeys([*fitting[:tries], *(one for members in kinds.values() for one in members)])
+    found = {one: estimate(one.setup) for one in promising}
+    best = sorted((judged for judged in found.values() if judged.fits(base.device)), key=_slowness)[:keep]
+    if not best:
         raise ConfigError(_nothing_fits(base, min(rough, key=lambda one: one.memory)))
-    found.sort(key=lambda judged: judged.step)
-    best = found[:keep]
     if base.config.exits.exit_layer_nums:
         best = [_with_planned_heads(base, judged) for judged in best]
-    return Found(tuple(sorted(best, key=lambda judged: judged.step)), len(rough))
+    fastest = {kind: _fastest([found[one] for one in members], base) for kind, members in kinds.items()}
+    return Found(tuple(sorted(best, key=_slowness)), len(rough), fastest)
+
+
+def _slowness(judged: Estimate) -> float:
+    return 1 / judged.tokens_per_second
+
+
+def _promising(members: list[Rough], base: Setup, tries: int = 3) -> list[Rough]:
+    """Of one kind, sorted by time: a few that should fit, else the one that needs least memory."""
+    fitting = [one for one in members if one.memory <= base.device.memory]
+    return fitting[:tries] or [min(members, key=lambda one: one.memory)]
+
+
+def _fastest(members: list[Estimate], base: Setup) -> Estimate:
+    """That fits; where none does, the one that needs least memory."""
+    fitting = [judged for judged in members if judged.fits(base.device)]
+    return min(fitting, key=_slowness) if fitting else min(members, key=lambda judged: judged.memory)
 
 
 def _with_planned_heads(base: Setup, judged: Estimate) -> Estimate:
@@ -96,8 +132,8 @@ def _nothing_fits(base: Setup, nearest: Rough) -> str:
     over = judged.memory - base.device.memory
     fullest = max(range(len(judged.ranks)), key=lambda rank: judged.ranks[rank].memory)
     return (
-        f"no layout fits: the nearest, {describe(judged)}, takes {judged.memory / 1e9:.1f} GB on pipeline rank "
-        f"{fullest}, {over / 1e9:.1f} GB more than the {base.device.memory / 1e9:.1f} GB that {base.device.name} has: "
+        f"no layout fits: the nearest, {describe(judged)}, takes {in_words(judged.memory)} on pipeline rank "
+        f"{fullest}, {in_words(over)} more than the {in_words(base.device.memory)} that {base.device.name} has: "
         "take more devices, a smaller --micro-batch-size, or devices with more memory"
     )
 
@@ -108,11 +144,20 @@ def describe(judged: Estimate) -> str:
     chunks = len(judged.ranks[0].stages)
     words = [
         f"tp={parallel.tensor_model_parallel_size} pp={parallel.pipeline_model_parallel_size} dp={judged.dp}",
-        schedule_name(judged) + (f" x{chunks}" if chunks > 1 else ""),
+        schedule_name(judged) + (f" x{chunks}" if chunks > 1 else "") + _fillers(judged),
         f"micro-batch {training.micro_batch_size}",
         f"recompute {training.recompute_granularity or 'none'}",
     ]
     return ", ".join(words)
+
+
+def _fillers(judged: Estimate) -> str:
+    """Of the whole step."""
+    parallel = judged.config.parallel
+    if not parallel.fill_explicit_bubbles:
+        return ""
+    warmup, cooldown = parallel.num_fill_warmup_microbatches, parallel.num_fill_cooldown_microbatches
+    return f" ({warmup} warm-up and {cooldown} cool-down fillers)"
 
 
 def schedule_name(judged: Estimate) -> str:
@@ -205,7 +250,7 @@ class Family:
                 continue
             batch, unit = base.config.training.global_batch_size, base.config.training.micro_batch_size
             dp = base.world_size // (tp * pp)
-            if (batch or unit * dp) % (unit * dp):
+            if batch % (unit * dp):
                 continue
             for schedule in space.schedules if pp > 1 else ("1f1b",):
                 for chunks in CHUNKS if schedule == "interleaved" else (1,):

@@ -1,9 +1,10 @@
 """Pictures of timelines, simulated or measured: text, SVG, and a matplotlib figure for PNG. No torch.
 
 A row is a rank, a box an action with its microbatch's number; exit heads have a colour of their own, and microbatches
-that don't run everywhere (fillers) a dashed edge. Several timelines share one time scale.
+that don't run everywhere (fillers) a dashed edge. Several timelines share one time scale, and an axis at the bottom.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -38,7 +39,9 @@ NAMES = {
     Op.WEIGHT: "backward, weights",
     Op.REDUCE: "gradient reduction",
 }
-WIDTH, LEFT, ROW, BAR, HEAD, FOOT = 1000, 62, 30, 24, 34, 30  # SVG units; ROW from bar to bar, HEAD above each panel
+WIDTH, LEFT, ROW, BAR, HEAD = 1000, 62, 30, 24, 34  # SVG units; ROW from bar to bar, HEAD above each panel
+AXIS, FOOT = 26, 30  # heights of the time axis and of the legend
+TICKS = 8  # at most, beside 0
 
 
 @dataclass(frozen=True)
@@ -75,24 +78,26 @@ def text_timeline(timeline: Timeline, unit: float = 1.0) -> str:
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-def svg(panels: Panels, unit: str = "") -> str:
+def svg(panels: Panels, unit: str = "", figures: Sequence[str] | None = None) -> str:
     """An SVG picture of the timelines, one below the other. unit: of the times, as `ms`.
 
-    Raises ScheduleError where there is nothing to draw.
+    figures: what is said of each beside its title, where it is a part of something; by default time and idle share of
+    what is drawn. Raises ScheduleError where there is nothing to draw.
     """
     scale = (WIDTH - LEFT - 12) / _longest(panels)
     tops = _tops(panels)
-    height = tops[-1] + FOOT
+    height = tops[-1] + AXIS + FOOT
     names = "; ".join(title for title, _ in panels)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         f'font-family="Helvetica, Arial, sans-serif" role="img" aria-label={quoteattr(names)}>',
         f'<rect width="{WIDTH}" height="{height}" fill="{PAPER}"/>',
     ]
-    for (title, timeline), top in zip(panels, tops, strict=False):
+    said = figures or [_figures(timeline, unit) for _, timeline in panels]
+    for (title, timeline), words, top in zip(panels, said, tops[:-1], strict=True):
         parts.append(
             f'<text x="12" y="{top - 10}" font-size="14" fill="{INK}">{escape(title)}'
-            f'<tspan font-size="12" fill="{GREY}" dx="10">{escape(_figures(timeline, unit))}</tspan></text>'
+            f'<tspan font-size="12" fill="{GREY}" dx="10">{escape(words)}</tspan></text>'
         )
         for rank in range(len(timeline.spans)):
             y = top + rank * ROW
@@ -100,11 +105,12 @@ def svg(panels: Panels, unit: str = "") -> str:
             length = timeline.makespan * scale
             parts.append(f'<rect x="{LEFT}" y="{y}" width="{length:.2f}" height="{BAR}" fill="{FAINT}"/>')
     parts += [_svg_bar(bar, tops[bar.panel] + bar.rank * ROW, scale) for bar in _bars(panels)]
+    parts += _svg_axis(_ticks(_longest(panels)), scale, tops[-1], unit)
     parts += _svg_legend(panels, height - 12)
     return "\n".join([*parts, "</svg>", ""])
 
 
-def figure(panels: Panels, unit: str = "") -> "Figure":
+def figure(panels: Panels, unit: str = "", figures: Sequence[str] | None = None) -> "Figure":
     """The same as a matplotlib figure, to be saved as PNG.
 
     Raises ConfigError where matplotlib is not installed, ScheduleError where there is nothing to draw.
@@ -115,10 +121,13 @@ def figure(panels: Panels, unit: str = "") -> "Figure":
         raise ConfigError("drawing needs matplotlib: pip install 'ee-llm[plot]'") from error
     longest = _longest(panels)
     rows = [len(timeline.spans) for _, timeline in panels]
-    made = Figure(figsize=(WIDTH / 100, (_tops(panels)[-1] + FOOT) / 70), layout="constrained", facecolor=PAPER)
+    made = Figure(figsize=(WIDTH / 100, (_tops(panels)[-1] + AXIS + FOOT) / 70), layout="constrained", facecolor=PAPER)
     axes = made.subplots(len(panels), 1, squeeze=False, height_ratios=rows)[:, 0]
-    for (title, timeline), each in zip(panels, axes, strict=True):
-        _frame(each, f"{title}   {_figures(timeline, unit)}", len(timeline.spans), longest)
+    said = figures or [_figures(timeline, unit) for _, timeline in panels]
+    for (title, timeline), words, each in zip(panels, said, axes, strict=True):
+        _frame(each, f"{title}   {words}", len(timeline.spans), longest)
+    axes[-1].tick_params(labelbottom=True, labelsize=8)
+    axes[-1].set_xlabel(_axis_label(unit), fontsize=8, color=GREY)
     for bar in _bars(panels):
         _draw_bar(axes[bar.panel], bar, longest)
     handles = [axes[0].barh(0, 0, color=COLOURS[op][0], label=NAMES[op]) for op in _ops(panels)]
@@ -172,7 +181,18 @@ def _tops(panels: Panels) -> list[int]:
 
 def _figures(timeline: Timeline, unit: str) -> str:
     time = f"{timeline.makespan:.4g} {unit}".strip()
-    return f"step {time}, {timeline.bubble_share:.1%} idle"
+    return f"step {time}, {max(0.0, timeline.bubble_share):.1%} idle"
+
+
+def _axis_label(unit: str) -> str:
+    return f"time, {unit}" if unit else "time"
+
+
+def _ticks(longest: float) -> list[float]:
+    """From 0, in steps of 1, 2 or 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(longest / TICKS))
+    step = next(times * power for times in (1, 2, 5, 10) if times * power * TICKS >= longest * (1 - 1e-9))
+    return [number * step for number in range(int(longest / step * (1 + 1e-9)) + 1)]
 
 
 def _ops(panels: Panels) -> list[Op]:
@@ -198,6 +218,20 @@ def _svg_bar(bar: Bar, y: int, scale: float) -> str:
     return f"<g><title>{escape(bar.hint)}</title>{box}{label}</g>"
 
 
+def _svg_axis(ticks: Sequence[float], scale: float, y: int, unit: str) -> list[str]:
+    """A line with ticks and their times; their unit stands before it."""
+    parts = [f'<line x1="{LEFT}" y1="{y}" x2="{WIDTH - 12}" y2="{y}" stroke="{GREY}"/>']
+    if unit:
+        parts.append(f'<text x="12" y="{y + 4}" font-size="11" fill="{GREY}">{escape(unit)}</text>')
+    for tick in ticks:
+        x = LEFT + tick * scale
+        parts.append(f'<line x1="{x:.2f}" y1="{y}" x2="{x:.2f}" y2="{y + 5}" stroke="{GREY}"/>')
+        parts.append(
+            f'<text x="{x:.2f}" y="{y + 18}" font-size="11" text-anchor="middle" fill="{GREY}">{tick:.6g}</text>'
+        )
+    return parts
+
+
 def _svg_legend(panels: Panels, y: int) -> list[str]:
     parts, x = [], LEFT
     for op in _ops(panels):
@@ -216,6 +250,7 @@ def _svg_legend(panels: Panels, y: int) -> list[str]:
 def _frame(axes: "Axes", title: str, rows: int, longest: float) -> None:
     axes.set_title(title, loc="left", fontsize=10, color=INK)
     axes.set_xlim(0, longest)
+    axes.set_xticks(_ticks(longest))
     axes.set_ylim(rows - 0.5, -0.5)
     axes.set_yticks(range(rows), [f"rank {rank}" for rank in range(rows)], fontsize=8)
     axes.tick_params(length=0, labelbottom=False)

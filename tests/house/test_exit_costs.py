@@ -14,6 +14,10 @@ from megatron.config.model import ExitConfig, ModelConfig
 from megatron.planning.device import preset
 from megatron.planning.estimate import Setup, estimate
 from megatron.planning.flops import head_flops, layer_flops, training_flops_per_token
+from megatron.schedule.actions import Pipeline
+from megatron.schedule.fill import most_fillers
+from megatron.schedule.place import SLACK, Filling, best_fill
+from megatron.schedule.simulate import Costs
 from tests.house.files import ROOT
 
 PAGE = (ROOT / "EXIT_COSTS.md").read_text(encoding="utf-8")
@@ -83,5 +87,46 @@ def test_measured(count: int) -> None:
     ]
 
 
+FILLED = rows("<!-- filling: a test computes these anew -->")
+
+
+@pytest.mark.parametrize("sizes", FILLED)
+def test_filling(sizes: str) -> None:
+    p, full = (int(word) for word in sizes.split(", "))
+    heads = frozenset((p // 4, p // 2, p - 1))
+    costs = [Costs(heads=0.5 if stage in heads else 0.0) for stage in range(p)]
+
+    def most(slack: float) -> Filling:
+        """With the most fillers beside so many full microbatches."""
+        found = [
+            best_fill(Pipeline(p, full + more, heads), costs, slack=slack) for more in range(2 * most_fillers(p) + 1)
+        ]
+        return max(
+            (one for more, one in enumerate(found) if one.warmup + one.cooldown == more),
+            key=lambda one: one.warmup + one.cooldown,
+        )
+
+    free, dear = most(SLACK), most(0.02)
+    assert free.timeline.makespan <= free.plain.makespan * (1 + SLACK)
+    longer = dear.timeline.makespan / dear.plain.makespan - 1
+    counts = [one.warmup + one.cooldown for one in (free, dear)]
+    assert FILLED[sizes] == [
+        f"{free.plain.bubble_share:.1%}".replace("%", " %"),
+        f"{counts[0]}, {counts[0] / full:.1%} of the full".replace("%", " %"),
+        f"{counts[1]}, {counts[1] / full:.1%} of the full, {longer:.1%} longer".replace("%", " %"),
+    ]
+
+
+def test_filling_matters_for_few_microbatches() -> None:
+    """Its share shrinks as steps grow."""
+    shares: dict[str, list[float]] = {}
+    for sizes, (_, free, dear) in FILLED.items():
+        p, full = sizes.split(", ")
+        shares.setdefault(p, []).append(int(dear.split(",")[0]) / int(full))
+        assert int(free.split(",")[0]) <= int(dear.split(",")[0])
+    for found in shares.values():
+        assert len(found) >= 3 and found == sorted(found, reverse=True) and found[-1] < 0.1
+
+
 def test_the_page_names_its_tables() -> None:
-    assert len(re.findall(r"^<!-- (predicted|measured):", PAGE, re.M)) == 2
+    assert len(re.findall(r"^<!-- (predicted|measured|filling):", PAGE, re.M)) == 3

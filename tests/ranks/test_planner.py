@@ -8,7 +8,7 @@ import pytest
 from megatron.config.load import load
 from megatron.planning.device import Device
 from megatron.planning.estimate import Setup, estimate
-from megatron.testing.layout_memory import measure_layout
+from megatron.testing.rank_memory import measure_in_fresh_processes
 
 RUN = """--num-layers 6 --hidden-size 256 --num-attention-heads 8 --seq-length 256 --exit-layer-nums 1 4
     --micro-batch-size 8 --global-batch-size 32 --attention-dropout 0 --hidden-dropout 0 --train-iters 9 --lr 1e-3
@@ -26,7 +26,6 @@ def test_memory_and_order_are_as_planned(layout: str) -> None:
     words = [*RUN.split(), *LAYOUTS[layout].split()]
     device = Device("core", 1e10, 8e9, 1e10, 1e9, 1e9, 1, "cpu")
     plan = estimate(Setup(load(words).config, 2, 4096, device))
-    for answer in measure_layout(words, 2):
-        rank = answer["pp"]
-        assert answer["actions"] == [str(span.action) for span in plan.timeline.spans[rank]]
-        assert answer["peak"] == pytest.approx(plan.ranks[rank].memory, rel=0.10)
+    for rank in measure_in_fresh_processes(words, 2):
+        assert rank.actions == tuple(str(span.action) for span in plan.timeline.spans[rank.pp])
+        assert rank.peak == pytest.approx(plan.ranks[rank.pp].memory, rel=0.10)

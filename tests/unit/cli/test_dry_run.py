@@ -23,13 +23,22 @@ def test_says_what_the_run_takes_and_writes_nothing(capsys, tmp_path: Path) -> N
     assert "41.87M parameters on 2 x A100-40GB: tp=1 pp=2 dp=1" in text
     assert "layers 1-4; exit 2, 4" in text and "layers 5-8" in text
     assert "8 microbatches" in text and "it fits" in text and "tokens/s" in text
+    assert "assumed" not in text
     assert not list(tmp_path.iterdir())
+
+
+def test_toys_are_told_in_mb(capsys) -> None:
+    toy = ["--hidden-size", "32", "--padded-vocab-size", "64", "--seq-length", "16", "--device", "CPU-core"]
+    assert main([*MODEL.split(), *toy, "--global-batch-size", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "1 microbatch," in text and "MB in the table" in text
+    assert "0.00 GB" not in text and " 0.00 " not in text and "-0.0%" not in text
 
 
 def test_for_as_many_processes_as_are_said(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert main([*MODEL.split(), "--global-batch-size", "16"]) == 0
-    assert "on 8 x A100-80GB: tp=1 pp=2 dp=4" in capsys.readouterr().out
+    assert "on 8 x A100-80GB (assumed: give --device): tp=1 pp=2 dp=4" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_and_what_would_help(capsys) -> None:

@@ -25,6 +25,29 @@ def test_a_plan(tmp_path: Path, capsys) -> None:
     chosen = load([*MODEL.split(), *best[0]["flags"]]).config
     assert chosen.parallel.pipeline_model_parallel_size == best[0]["pp"] and chosen.training.micro_batch_size == 2
     assert picture.read_text().startswith("<svg")
+    losing = text.partition("The fastest of each schedule and division of layers:\n")[2].partition("\n\n")[0]
+    assert all(f" {schedule} " in f" {losing}" for schedule in ("gpipe", "1f1b", "interleaved", "zb-h1"))
+    assert "memory by stage, MB" in losing
+
+
+def test_a_picture_of_a_part_says_of_what(tmp_path: Path, capsys) -> None:
+    picture = tmp_path / "plan.svg"
+    words = [*MODEL.split(), "--pp", "2", "--tp", "1", "--schedules", "1f1b+fill", "--recompute", "none"]
+    assert main(["--num-gpus", "2", *words, "--draw", str(picture)]) == 0
+    drawn, text = picture.read_text(), capsys.readouterr().out
+    assert "6 of 16 microbatches" in drawn and re.search(r"[\d.]+ m?s of [\d.]+ m?s, [\d.]+% idle in all", drawn)
+    assert "step " not in drawn, "a part is no step"
+    told = re.search(r"1f1b\+fill \((\d) warm-up and (\d) cool-down fillers\)", drawn)
+    assert told and told[0] in text
+    assert f"--num-fill-warmup-microbatches {told[1]} --num-fill-cooldown-microbatches {told[2]}" in text
+
+
+def test_interleaved_layouts_ask_for_several_queues(capsys) -> None:
+    words = ["--num-gpus", "2", *MODEL.split(), "--tp", "1", "--pp", "2"]
+    assert main([*words, "--schedules", "interleaved"]) == 0
+    assert "leave CUDA_DEVICE_MAX_CONNECTIONS=1 unset" in capsys.readouterr().out
+    assert main([*words, "--schedules", "1f1b"]) == 0
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in capsys.readouterr().out
 
 
 def test_a_picture_as_png(tmp_path: Path) -> None:
@@ -47,6 +70,13 @@ def test_a_picture_as_png(tmp_path: Path) -> None:
 def test_what_cannot_be_planned_is_said(words: list[str], said: str, capsys) -> None:
     assert main([*MODEL.split(), *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_batch_has_to_be_known(capsys) -> None:
+    words = MODEL.split()
+    at = words.index("--global-batch-size")
+    assert main(["--num-gpus", "2", *words[:at], *words[at + 2 :]]) == 2
+    assert "give --global-batch-size" in capsys.readouterr().err
 
 
 def test_the_vocabulary_has_to_be_known(capsys) -> None:

@@ -11,7 +11,9 @@ from megatron.config.training import PrecisionConfig, TrainingConfig
 from megatron.errors import ConfigError
 from megatron.planning import estimate as module
 from megatron.planning.device import Device
-from megatron.planning.estimate import Setup, estimate
+from megatron.planning.estimate import Setup, estimate, timeline_of
+from megatron.schedule.actions import Op
+from megatron.schedule.fill import most_fillers
 from megatron.testing.tiny import model_config
 
 DEVICE = Device("toy", 1e9, 1e9, 1e10, within=1e9, between=1e8, per_node=8)
@@ -52,6 +54,26 @@ def test_long_steps_are_extrapolated_as_if_simulated(kind: str, layout: str | No
         assert part.shown < batch == whole.shown
         assert part.forward_backward == pytest.approx(whole.forward_backward, rel=1e-3)
         assert [rank.memory for rank in part.ranks] == pytest.approx([rank.memory for rank in whole.ranks])
+
+
+def test_a_part_has_the_fillers_of_the_whole_step(monkeypatch) -> None:
+    job = setup(batch=64, fill_explicit_bubbles=True)
+    whole = estimate(job)
+    assert whole.shown == 64 and whole.fillers > 0
+    monkeypatch.setattr(module, "LONG", 0)
+    part = estimate(job)
+    assert part.shown < 64 and part.config == whole.config and part.step == pytest.approx(whole.step)
+    assert [rank.idle for rank in part.ranks] == pytest.approx([rank.idle for rank in whole.ranks])
+    of_plan = replace(job, config=part.config)
+    shown = timeline_of(of_plan, 12)
+    last = {span.action.microbatch for span in shown.spans[3] if span.action.op is Op.FORWARD}
+    warmup = part.config.parallel.num_fill_warmup_microbatches
+    assert len(last) == 12 - warmup and warmup > 0, "the same number of fillers, also where few microbatches are shown"
+
+
+def test_more_fillers_than_there_is_room_for_are_not_claimed() -> None:
+    asked = setup(fill_explicit_bubbles=True, num_fill_warmup_microbatches=1, num_fill_cooldown_microbatches=9)
+    assert estimate(asked).fillers <= 1 + most_fillers(4)
 
 
 def test_data_parallel_ranks_split_the_batch_and_sum_gradients() -> None:

@@ -10,6 +10,7 @@ from megatron.config.rules import broken
 from megatron.errors import ConfigError
 from megatron.planning.device import overruled, preset
 from megatron.planning.estimate import Setup, estimate
+from megatron.planning.report import flags
 from megatron.planning.search import Space, describe, nearest_recompute, search
 
 LLAMA_7B = """--num-layers 32 --hidden-size 4096 --num-attention-heads 32 --ffn-hidden-size 11008 --swiglu
@@ -81,12 +82,48 @@ def test_stages_are_balanced_within_their_memory() -> None:
 
 def test_filling_is_there_if_asked_for() -> None:
     space = Space(("1f1b+fill",), tp=(1,), pp=(4,), micro_batches=(2,))
-    assert search(setup(gpus=4, batch=32), space).best[0].config.parallel.fill_explicit_bubbles
+    best = search(setup(gpus=4, batch=32), space).best[0]
+    parallel = best.config.parallel
+    counts = parallel.num_fill_warmup_microbatches, parallel.num_fill_cooldown_microbatches
+    assert parallel.fill_explicit_bubbles and sum(counts) == best.fillers > 0
+    assert "1f1b+fill ({} warm-up and {} cool-down fillers)".format(*counts) in describe(best)
+    assert f"--num-fill-warmup-microbatches {counts[0]}" in " ".join(flags(best))
+
+
+def test_filled_steps_are_compared_by_their_full_microbatches() -> None:
+    """Fillers make the step shorter than one of full microbatches alone, and train less: that is not faster."""
+    space = Space(("1f1b", "1f1b+fill"), tp=(1,), pp=(4,), micro_batches=(2,), recompute=("none",))
+    found = search(setup(gpus=4, batch=32), space)
+    plain, filled = (found.kinds[schedule, "equal"] for schedule in ("1f1b", "1f1b+fill"))
+    assert filled.step < plain.step and filled.tokens == plain.tokens == 32 * 2048
+    assert filled.tokens_per_second == pytest.approx((16 - filled.fillers) / 16 * filled.tokens / filled.step)
+    assert filled.tokens_per_second < plain.tokens_per_second
+    assert not found.best[0].config.parallel.fill_explicit_bubbles
+
+
+def test_losing_kinds_are_kept() -> None:
+    job = setup("--exit-layer-nums 3 6", gpus=4, batch=64)
+    job = replace(job, rows=128000, device=overruled(job.device, {"memory": 50e9}))
+    found = search(job, Space(pp=(1, 4), tp=(1,), micro_batches=(1,)))
+    schedules = {schedule for schedule, _ in found.kinds}
+    assert schedules == {"no pipeline", "1f1b", "gpipe", "interleaved", "zb-h1"}
+    assert ("1f1b", "equal") in found.kinds and ("1f1b", "balanced") in found.kinds
+    fastest = max(one.tokens_per_second for one in found.kinds.values() if one.fits(job.device))
+    assert found.best[0].tokens_per_second >= fastest
+    assert not found.kinds["no pipeline", "all"].fits(job.device), "7B and its state are too large for one device"
+
+
+def test_steps_of_several_sizes_are_not_compared() -> None:
+    """Without a global batch each layout's step would be another number of tokens."""
+    job = setup()
+    job = replace(job, config=replace(job.config, training=replace(job.config.training, global_batch_size=None)))
+    with pytest.raises(ConfigError, match="give --global-batch-size"):
+        search(job, Space())
 
 
 def test_nothing_fits() -> None:
     with pytest.raises(
-        ConfigError, match=r"no layout fits: the nearest, tp=.* GB more than the 37.6 GB that A100-40GB"
+        ConfigError, match=r"no layout fits: the nearest, tp=.* GB more than the 37.60 GB that A100-40GB"
     ):
         search(setup(gpus=1, batch=2, device="A100-40GB"), Space())
     with pytest.raises(ConfigError, match="no layout of the model fits 7 devices"):

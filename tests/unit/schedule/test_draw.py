@@ -5,7 +5,7 @@ import pytest
 
 from megatron.errors import ConfigError
 from megatron.schedule.actions import Action, Op, Pipeline, Schedule, ScheduleError
-from megatron.schedule.draw import COLOURS, figure, svg, text_timeline
+from megatron.schedule.draw import COLOURS, TICKS, _ticks, figure, svg, text_timeline
 from megatron.schedule.fill import fill_bubbles
 from megatron.schedule.generate import interleaved, one_f_one_b, zero_bubble_h1
 from megatron.schedule.simulate import Costs, Span, Timeline, simulate
@@ -69,6 +69,21 @@ def test_words_and_numbers():
     )
 
 
+def test_a_time_axis_has_a_few_round_ticks_and_the_unit():
+    words = texts(svg([EXITS, FILLED], "ms"))
+    assert words.count("ms") == 1
+    assert {"10", "15", "20"} <= set(words), "more than the microbatches' numbers"
+    for longest in (7.3, 0.0042, 36.0, 8.0, 1e6):
+        ticks = _ticks(longest)
+        assert ticks[0] == 0 and 4 <= len(ticks) <= TICKS + 1 and longest - ticks[1] < ticks[-1] <= longest * (1 + 1e-9)
+        assert f"{ticks[1]:e}"[:8] in ("1.000000", "2.000000", "5.000000")
+
+
+def test_figures_of_a_part_are_what_is_given():
+    words = texts(svg([EXITS, FILLED], "ms", ["a third of it", "12 ms of 40 ms"]))
+    assert "1F1B with exitsa third of it" in words and "filled & <drawn>12 ms of 40 ms" in words
+
+
 def test_fillers_have_a_dashed_edge():
     dashed = [box for box in boxes(svg([FILLED])) if box.get("stroke-dasharray")]
     # Two fillers on 2 + 1 stages with F, E, B; two others with F everywhere and E, B on 2 + 1 stages.
@@ -82,13 +97,13 @@ def test_later_stages_of_a_rank_are_paler():
 
 def test_what_takes_no_time_is_left_out_and_narrow_boxes_have_no_number():
     spans = (
-        Span(Action(0, Op.RECV_F, 0), 0.0, 0.0),
-        Span(Action(0, Op.FORWARD, 0), 0.0, 1000.0),
-        Span(Action(0, Op.SEND_F, 0), 1000.0, 1000.5),
+        Span(Action(0, Op.RECV_F, 3), 0.0, 0.0),
+        Span(Action(0, Op.FORWARD, 3), 0.0, 1000.0),
+        Span(Action(0, Op.SEND_F, 3), 1000.0, 1000.5),
     )
     picture = svg([("measured", Timeline((spans,)))])
     assert len(boxes(picture)) == 2
-    assert texts(picture).count("0") == 1
+    assert texts(picture).count("3") == 1
 
 
 def test_nothing_to_draw():
@@ -104,6 +119,7 @@ def test_figure(tmp_path):
     assert [text.get_text() for text in made.legends[0].get_texts()] == [
         "forward", "exit heads", "backward", "fills a bubble",
     ]  # fmt: skip
+    assert [axes.get_xlabel() for axes in made.axes] == ["", "time, ms"]
     made.savefig(tmp_path / "timeline.png")
     assert (tmp_path / "timeline.png").stat().st_size > 10_000
 
