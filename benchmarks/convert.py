@@ -19,6 +19,7 @@ from report import Figure, arguments, finish
 from megatron.checkpoint.convert import megatron_target
 from megatron.checkpoint.convert.base import Layout, TensorSpec
 from megatron.checkpoint.convert.convert import Conversion, convert
+from megatron.cli.conversion import return_large_blocks
 from megatron.config.data import TokenizerConfig
 from megatron.config.model import ModelConfig
 from megatron.config.run import RunConfig
@@ -66,6 +67,7 @@ class Drawn:
 
 def measure(source: str, target: str, tp: int, load: str, save: str) -> None:
     """Print seconds, bytes of the model and how far converting raises this process's peak."""
+    return_large_blocks()  # as the command does
     before = peak_resident_bytes()
     begin = time.perf_counter()
     tokenizer = WORDS if source == "megatron" else {}

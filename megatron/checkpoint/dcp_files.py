@@ -12,9 +12,11 @@ from pathlib import Path
 from threading import Event
 from typing import IO, Any
 
+import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _ReaderView
@@ -23,7 +25,7 @@ from torch.futures import Future
 from megatron import faults
 from megatron.checkpoint.commit import flush
 from megatron.checkpoint.manifest import Description
-from megatron.checkpoint.safe import brief, check_tensor
+from megatron.checkpoint.safe import brief, check_tensor, read_into, tensor_in
 from megatron.errors import CheckpointError
 
 MOST_FILES, AT_A_TIME = 8, 4  # more files than threads: some reach the disk while others are still hashed
@@ -100,6 +102,33 @@ class _Part(_ReaderView):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         return super().seek(offset + self.len * (whence == os.SEEK_END)) - self.offset
+
+
+def read_tensor(directory: Path, metadata: Metadata, name: str, whole: Tensor) -> None:
+    """Fill a contiguous tensor with all boxes of `name`, read straight to their places: nothing else takes memory.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or a box is of another shape or type than the index says.
+    """
+    for number, box in enumerate(metadata.state_dict_metadata[name].chunks):
+        place = metadata.storage_data[MetadataIndex(name, box.offsets, number)]
+        target = whole
+        for dim, (start, length) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+            target = target.narrow(dim, start, length)
+        straight = target if target.is_contiguous() else torch.empty(target.shape, dtype=target.dtype)
+        try:
+            with (directory / place.relative_path).open("rb") as file:
+                part = _Part(file, place.offset, place.length)
+                found = tensor_in(part)
+                if (found.shape, found.dtype) != (target.shape, target.dtype):
+                    raise CheckpointError(f"{name} is not of the shape and type that the index says")
+                read_into(straight, part, found)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {directory / place.relative_path}: {error}") from error
+        except CheckpointError as error:
+            raise CheckpointError(f"{directory / place.relative_path}: {error}") from error
+        if straight is not target:
+            target.copy_(straight)
 
 
 class _HashingFileSystem(FileSystem):

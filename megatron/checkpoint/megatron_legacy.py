@@ -137,7 +137,21 @@ def open_ranks(directory: Path, data: bool = True) -> Ranks:
     else:
         states = {key: read_legacy(paths[key], data=False) for key in needed}
         states[0, 0] |= {name: value for name, value in first.items() if not name.startswith(("model", "optimizer"))}
-    return Ranks(directory, args, tp, pp, states, {key: paths[key] for key in needed})
+    ranks = Ranks(directory, args, tp, pp, states, {key: paths[key] for key in needed})
+    _check_one_iteration(ranks)
+    return ranks
+
+
+def _check_one_iteration(ranks: Ranks) -> None:
+    """Files of several saves make no model."""
+    said = {path: ranks.states[key].get("iteration") for key, path in ranks.paths.items()}
+    found = {path: count(ranks.states[key], "iteration", str(path)) for key, path in ranks.paths.items() if said[path]}
+    if len(set(found.values())) > 1:
+        (first, one), (other, two) = min(found.items(), key=lambda it: it[1]), max(found.items(), key=lambda it: it[1])
+        raise CheckpointError(
+            f"{ranks.directory} mixes iterations: {first.parent.name} is of {one}, {other.parent.name} of {two}: "
+            "copy the whole checkpoint"
+        )
 
 
 def _parallel_size(args: Mapping[str, Any], name: str, default: int, where: str) -> int:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron import faults
 from megatron.checkpoint import commit
 from megatron.checkpoint.commit import Staged
-from megatron.checkpoint.dcp_files import Reader, Writer, go_on_unless
+from megatron.checkpoint.dcp_files import Reader, Writer, go_on_unless, read_tensor
 from megatron.checkpoint.find import (
     FACTS,
     INDEX,
@@ -231,16 +231,9 @@ class Tensors:
 
     def read(self, name: str) -> Tensor:
         """A whole tensor in new CPU memory. CheckpointError where its file is damaged."""
-        shape, dtype = self.index[name]
-        whole = Placed.whole(_empty({name: (shape, dtype)}, self._directory)[name])
-        with _dcp_errors(self._directory, writing=False):
-            dcp.load(
-                {name: whole.view},
-                storage_reader=Reader(self._directory / TENSORS, self._metadata),
-                planner=BoxLoadPlanner({name: whole}),
-                no_dist=True,
-            )
-        return whole.view
+        whole = _empty({name: self.index[name]}, self._directory)[name]
+        read_tensor(self._directory / TENSORS, self._metadata, name, whole)
+        return whole
 
 
 def tensor_index(directory: Path) -> dict[str, Entry]:

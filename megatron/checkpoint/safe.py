@@ -173,19 +173,39 @@ def read_span(path: Path, part: Tensor) -> Tensor:
     """
     if not isinstance(part, FakeTensor):
         return part
-    if not part.is_contiguous():
-        raise CheckpointError(f"{path}: a tensor of shape {list(part.shape)} is not laid out row by row")
-    start = part.untyped_storage()._checkpoint_offset + part.storage_offset() * part.dtype.itemsize
     whole = torch.empty(part.shape, dtype=part.dtype)
     try:
         with path.open("rb") as file:
-            file.seek(start)
-            found = file.readinto(memoryview(whole.view(-1).view(torch.uint8).numpy())) if whole.numel() else 0
+            read_into(whole, file, part)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
-    if found != whole.nbytes:
-        raise CheckpointError(f"{path} is damaged: it ends within a tensor")
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
     return whole
+
+
+def read_into(target: Tensor, file: Any, part: Tensor) -> None:
+    """Fill a contiguous tensor with what the fake tensor `part` stands for in a file. Errors as of `read_span`."""
+    if not part.is_contiguous():
+        raise CheckpointError(f"a tensor of shape {list(part.shape)} is not laid out row by row")
+    file.seek(part.untyped_storage()._checkpoint_offset + part.storage_offset() * part.dtype.itemsize)
+    content = memoryview(target.view(-1).view(torch.uint8).numpy()) if target.numel() else memoryview(b"")
+    if content.nbytes and file.readinto(content) != content.nbytes:
+        raise CheckpointError("it ends within a tensor")
+
+
+def tensor_in(file: Any) -> Tensor:
+    """The one tensor that a file, or a part of one, holds: a fake one, for `read_into`. Errors as of `check_tensor`."""
+    check_tensor(file)
+    file.seek(0)
+    try:
+        with FakeTensorMode():
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, *_MALFORMED) as error:
+        raise CheckpointError(f"damaged or not written by torch.save: {brief(error)}") from error
+    if not isinstance(found, FakeTensor):
+        raise CheckpointError("it holds no tensor")
+    return found
 
 
 def _today(name: str) -> str:

@@ -1,7 +1,9 @@
 """What the two converters of the command line share: a bar on standard error, and a line about what was written."""
 
+import ctypes
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -10,10 +12,22 @@ from megatron.checkpoint.convert.convert import Conversion, convert
 from megatron.checkpoint.find import recognise
 from megatron.logs import setup_logging
 
+_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 1 << 20  # of glibc's mallopt; bytes
+
+
+def return_large_blocks() -> None:
+    """Have glibc give each large block back to the system once it is free; nothing with another C library.
+
+    By itself it keeps some for each tensor that comes and goes, and memory would grow with the model.
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK)
+
 
 def run(job: Conversion) -> None:
     """Convert, and say on standard output what came of it."""
     setup_logging()
+    return_large_blocks()
     bars: list[tqdm] = []
 
     def begin(total: int) -> Callable[[int], None]:

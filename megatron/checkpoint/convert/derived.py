@@ -124,10 +124,9 @@ class Watched(Derived):
         if name not in self.hashes:
             digest = fingerprint(tensor)
             with self._lock:
-                new = name not in self.hashes
+                if name not in self.hashes:
+                    self._on_read(tensor.nbytes)
                 self.hashes[name] = digest
-            if new:
-                self._on_read(tensor.nbytes)
         return tensor
 
 

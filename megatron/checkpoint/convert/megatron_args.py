@@ -46,11 +46,9 @@ def _no_place(config: RunConfig) -> Iterator[str]:
 def check_divisible(config: RunConfig, tp: int, pp: int) -> None:
     """Raises ConfigError where tp or pp ranks can't share the model evenly, as the format has it."""
     model = config.model
-    counts = {
-        "--num-attention-heads": model.num_attention_heads,
-        "query groups": model.num_kv_heads,
-        "--ffn-hidden-size": model.ffn_size,
-    }
+    counts = {"--num-attention-heads": model.num_attention_heads, "--ffn-hidden-size": model.ffn_size}
+    if model.group_query_attention:
+        counts["--num-query-groups"] = model.num_query_groups
     bad = [f"tp={tp} does not divide {name} {value}" for name, value in counts.items() if value % tp]
     bad += [f"pp={pp} does not divide --num-layers {model.num_layers}"] if model.num_layers % pp else []
     if bad:

@@ -56,6 +56,7 @@ class MegatronSource:
 
     def __init__(self, directory: Path) -> None:
         self._ranks = open_ranks(directory, data=False)
+        self._looked = False  # for the optimizer's state
         stages, parts = number_stages(self._ranks)
         self._shards, self._copies = _shards(self._ranks, stages, parts, MODEL)
         if f"{MODEL}embedding.word.weight" not in self._shards:
@@ -80,23 +81,17 @@ class MegatronSource:
 
     def moments(self) -> Mapping[str, TensorSpec]:
         """The optimizer's tensors; none, with a warning, where its state can't be read."""
-        ranks = self._ranks
-        if "optimizer" in ranks.states[0, 0] and not any(key.startswith(OPTIMIZER) for key in self._shards):
+        if not self._looked:
+            self._looked = True
             try:
-                refuse_sharded_optimizer(ranks)
-                stages, parts = number_stages(ranks)
-                self.training_facts()
-                for kind, found in optimizer_shards(ranks, stages, parts).items():
-                    self._shards |= _shards(ranks, stages, found, f"{OPTIMIZER}{kind}/")[0]
+                self._shards |= _moments(self._ranks)
             except CheckpointError as error:
                 _log.warning("the optimizer's state stays behind: %s", error)
         return {key: it.spec() for key, it in self._shards.items() if key.startswith(OPTIMIZER)}
 
     def training_facts(self) -> dict[str, Any]:
         """Steps, loss scaler and schedules."""
-        path = self._ranks.paths[0, 0]
-        found = optimizer_facts(read_legacy(path)["optimizer"], self.iteration, str(path))
-        return found | {"opt_param_scheduler": self._scheduler}
+        return _optimizer_facts(self._ranks, self.iteration) | {"opt_param_scheduler": self._scheduler}
 
     def read(self, name: str) -> Tensor:
         """One whole tensor of the model, or (`optimizer/…`) of the optimizer."""
@@ -151,6 +146,24 @@ def _shards(ranks: Ranks, stages: list[Stage], parts: Parts, prefix: str) -> tup
             else:
                 shards |= {prefix + name: it for name, it in _joined(ranks, stage, legacy, pieces).items()}
     return shards, copies
+
+
+def _moments(ranks: Ranks) -> dict[str, _Joined]:
+    """State key of each of the optimizer's tensors -> its parts. Raises CheckpointError where they can't be read."""
+    if "optimizer" not in ranks.states[0, 0]:
+        return {}
+    refuse_sharded_optimizer(ranks)
+    _optimizer_facts(ranks, 0)
+    stages, parts = number_stages(ranks)
+    found: dict[str, _Joined] = {}
+    for kind, moments in optimizer_shards(ranks, stages, parts).items():
+        found |= _shards(ranks, stages, moments, f"{OPTIMIZER}{kind}/")[0]
+    return found
+
+
+def _optimizer_facts(ranks: Ranks, iteration: int) -> dict[str, Any]:
+    path = ranks.paths[0, 0]
+    return optimizer_facts(read_legacy(path)["optimizer"], iteration, str(path))
 
 
 def _by_name(

@@ -78,12 +78,17 @@ def write(source: Source, root: Path, layout: Layout, check: Check) -> Path:
             model = _nested(places)
             with _files(staged, stage, tp, pp, state | {"model": model}) as files:
                 for place in (places[path] for path in _paths(model)):
-                    wholes = [read() for read in place.wholes]
-                    for rank, file in enumerate(files):
-                        file.write(_part(wholes, place.dim, rank, tp))
+                    _write_place(place, files)
         check(staged.path)
     commit.replace_file(root / TRACKER, f"{source.iteration}\n")
     return final
+
+
+def _write_place(place: _Place, files: list[TorchFile]) -> None:
+    """Each file's part of a tensor, which is forgotten then."""
+    wholes = [read() for read in place.wholes]
+    for rank, file in enumerate(files):
+        file.write(_part(wholes, place.dim, rank, len(files)))
 
 
 def _stages(source: Source, pp: int) -> list[_Stage]:

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
+from weakref import finalize
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from tests.unit.checkpoint.convert.conftest import (
     KINDS,
     VOCAB,
     WORDS,
+    Memory,
     assert_equal,
     quietly,
     read_model,
@@ -179,6 +182,9 @@ def spoil(directory: Path, how: str) -> None:
         (other / "model_optim_rng.pt").write_bytes(file.read_bytes())
     elif how == "another rank's":
         file.write_bytes((file.parent.parent / "mp_rank_00_001/model_optim_rng.pt").read_bytes())
+    elif how == "another save's":
+        state = torch.load(file, weights_only=False)
+        torch.save(state | {"iteration": 6}, file)
     else:
         assert how == "another model's"
         write_megatron(toy("mlp"), directory.parent / "other", 2, 2)
@@ -186,7 +192,9 @@ def spoil(directory: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["native", "megatron"])
-@pytest.mark.parametrize("how", ["truncated", "empty", "missing", "mixed", "another rank's", "another model's"])
+@pytest.mark.parametrize(
+    "how", ["truncated", "empty", "missing", "mixed", "another rank's", "another model's", "another save's"]
+)
 def test_broken_files_are_one_error_and_nothing_is_written(tmp_path, how, target, job):
     directory = write_megatron(toy("norm"), tmp_path / "in", 2, 2)
     spoil(directory, how)
@@ -233,6 +241,35 @@ def test_a_format_that_is_not_what_lies_there_is_said(tmp_path, job):
     write_native(toy(), tmp_path / "in")
     with pytest.raises(CheckpointError, match="native format, not megatron: give --from native"):
         quietly(job(tmp_path / "in", "megatron", "native"))
+
+
+class Counting(Memory):
+    """Gives tensors of its own each time, and keeps the largest sum of bytes that were alive together."""
+
+    def __init__(self, source: Memory) -> None:
+        super().__init__(source.config, source.tensors)
+        self.alive, self.most, self.lock = 0, 0, Lock()
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = super().read(name).clone()
+        with self.lock:
+            self.alive += tensor.nbytes
+            self.most = max(self.most, self.alive)
+        finalize(tensor, self._gone, tensor.nbytes)
+        return tensor
+
+    def _gone(self, size: int) -> None:
+        with self.lock:
+            self.alive -= size
+
+
+@pytest.mark.parametrize(("write", "together"), [(write_megatron, 2), (write_native, 4)])
+def test_few_tensors_are_in_memory_at_a_time(tmp_path, write, together):
+    """Two of Megatron's, where a gate is stacked on its up; of a native one's as many as files are written at once."""
+    source = Counting(toy("all", "llama", num_layers=12))
+    sizes = sorted((tensor.nbytes for tensor in source.tensors.values()), reverse=True)
+    write(source, tmp_path)
+    assert 0 < source.most <= sum(sizes[:together]) < sum(sizes) / 8
 
 
 @pytest.mark.parametrize("target", ["native", "megatron"])

@@ -166,7 +166,7 @@ def test_exits_of_the_final_norm_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("tp", "pp", "said"),
-    [(3, 1, "tp=3 does not divide --num-attention-heads 4"), (4, 1, "tp=4 does not divide query groups 2"),
+    [(3, 1, "tp=3 does not divide --num-attention-heads 4"), (4, 1, "tp=4 does not divide --num-query-groups 2"),
      (1, 3, "pp=3 does not divide --num-layers 4")],
 )  # fmt: skip
 def test_layouts_that_do_not_fit_are_refused(tmp_path, tp, pp, said):
