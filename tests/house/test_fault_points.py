@@ -8,11 +8,13 @@ import torch
 
 from megatron import faults
 from megatron.checkpoint import native
+from megatron.checkpoint.convert.hf_export import write_hf
 from megatron.checkpoint.state import RunState
 from megatron.config.run import RunConfig
 from megatron.config.stored import save_config
 from tests.house.files import PACKAGE, dotted, parsed, shown
 from tests.unit.checkpoint.convert.conftest import toy, write_megatron
+from tests.unit.checkpoint.convert.sources import source
 
 WRITERS = [PACKAGE / "files.py", *sorted((PACKAGE / "checkpoint").rglob("*.py"))]
 CHANGING = {
@@ -77,6 +79,7 @@ def test_a_save_passes_every_point(tmp_path: Path) -> None:
         native.save(tmp_path / "run", 2, state)
         native.prune(tmp_path / "run", 1, 2)
         write_megatron(toy(), tmp_path / "files")
+        write_hf(source(), tmp_path / "huggingface")
     named = {
         call.args[-1].value
         for path in WRITERS
