@@ -76,7 +76,7 @@ def tuning(config: RunConfig) -> Faults:
             f"--tune-exit-pipeline-parallel-size {loaded} is more than the model's {stages} stages: lower it, or raise "
             f"--pipeline-model-parallel-size"
         )
-    if not config.exits.exit_layer_nums:
+    if not config.exits.exit_layer_nums and not config.checkpoint.use_checkpoint_args:
         yield "--tune-exit needs exits (--exit-layer-nums): nothing else learns"
     if _several_stages(config):
         yield ("--tune-exit takes one stage a rank: leave out --num-layers-per-virtual-pipeline-stage")
