@@ -117,7 +117,18 @@ def all_commands() -> list:
 
 
 STORED = load(
-    "--num-layers 4 --hidden-size 8 --num-attention-heads 2 --seq-length 8 --exit-layer-nums 2".split()
+    [
+        "--num-layers",
+        "4",
+        "--hidden-size",
+        "8",
+        "--num-attention-heads",
+        "2",
+        "--seq-length",
+        "8",
+        "--exit-layer-nums",
+        "2",
+    ]
 ).config
 PARSERS = {
     "tools/preprocess_data.py": preprocess_data,
