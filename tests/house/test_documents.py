@@ -116,20 +116,8 @@ def all_commands() -> list:
     ]
 
 
-STORED = load(
-    [
-        "--num-layers",
-        "4",
-        "--hidden-size",
-        "8",
-        "--num-attention-heads",
-        "2",
-        "--seq-length",
-        "8",
-        "--exit-layer-nums",
-        "2",
-    ]
-).config
+_SIZES = "--num-layers 4 --hidden-size 8 --num-attention-heads 2 --seq-length 8 --exit-layer-nums 2"
+STORED = load(_SIZES.split()).config
 PARSERS = {
     "tools/preprocess_data.py": preprocess_data,
     "tools/train_tokenizer.py": train_tokenizer,
