@@ -37,6 +37,8 @@ def suspicious(event: str, arguments: tuple) -> bool:
     if event == "open":
         changes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
         return isinstance(arguments[2], int) and bool(arguments[2] & changes) and arguments[0] != os.devnull
+    if event == "ctypes.dlopen" and arguments[0] is None:  # this process itself, whose allocator the converter sets
+        return False
     if event == "exec":  # the code of a file is a module's, which is imported late
         name = arguments[0].co_filename
         return not (name.startswith("<frozen") or os.path.exists(name))
