@@ -45,7 +45,7 @@ def test_several_stages_a_rank_come_close(layers, shape) -> None:
     """No move of one layer makes the slowest rank faster, and the best of all is near."""
     work, (ranks, chunks) = Work(tuple(layers), 0.5, 1.0), shape
     best = min(work.slowest(depths, ranks) for depths in divisions(len(layers), ranks * chunks))
-    assert work.slowest(balance(work, ranks, chunks), ranks) <= best + max(layers)
+    assert work.slowest(balance(work, ranks, chunks), ranks) <= (best + max(layers)) * (1 + 1e-12)
 
 
 def test_equal_layers_are_spread_equally_and_heads_make_their_stages_shallower() -> None:
