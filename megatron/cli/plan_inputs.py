@@ -1,6 +1,7 @@
 """What a plan needs beside a run's flags: the device it is for, and how large the vocabulary is. No torch."""
 
 import argparse
+from dataclasses import asdict
 
 from megatron.config.run import RunConfig
 from megatron.errors import ConfigError
@@ -47,15 +48,7 @@ def vocabulary_rows(config: RunConfig, tp: int = 1) -> int:
     """
     if config.model.padded_vocab_size:
         return config.model.padded_vocab_size
-    spec = config.tokenizer
-    if spec.tokenizer_type is None:
+    if config.tokenizer.tokenizer_type is None:
         raise ConfigError("how large the vocabulary is isn't said: give --padded-vocab-size, or the tokenizer's flags")
-    tokenizer = build_tokenizer(
-        spec.tokenizer_type,
-        tokenizer_model=spec.tokenizer_model,
-        vocab_file=spec.vocab_file,
-        merge_file=spec.merge_file,
-        vocab_size=spec.vocab_size,
-        vocab_extra_ids=spec.vocab_extra_ids,
-    )
+    tokenizer = build_tokenizer(**asdict(config.tokenizer))
     return padded_vocab_size(tokenizer.vocab_size, config.model.make_vocab_size_divisible_by, tp)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from megatron.checkpoint import megatron_legacy, native
 from megatron.checkpoint.find import NATIVE, Found, recognise
+from megatron.checkpoint.part import check_whole
 from megatron.checkpoint.state import MODEL, OPTIMIZER, copy_into
 from megatron.checkpoint.stored_run import stored_config
 from megatron.checkpoint.typed import text
@@ -58,12 +59,8 @@ def _config(found: Found, dtype: DType | None, tokenizer: TokenizerConfig | None
             f"{found.directory} is a Megatron checkpoint, which carries no tokenizer: give --tokenizer-type and "
             "--tokenizer-model (or --vocab-file and --merge-file)"
         )
-    if found.format == NATIVE and (held := native.read_facts(found.directory).get("holds")) is not None:
-        what = "exits alone" if held == "exits" else f"the first {held} layers alone"
-        raise CheckpointError(
-            f"{found.directory} holds {what}: merge it into the model that it was tuned on with "
-            "tools/checkpoint/checkpoint_converter.py --merge-exits"
-        )
+    if found.format == NATIVE:
+        check_whole(native.read_facts(found.directory), found.directory)
     config = stored_config(found)
     if dtype is not None:
         precision = replace(config.precision, fp16=dtype == "float16", bf16=dtype == "bfloat16")

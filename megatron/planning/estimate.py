@@ -141,7 +141,7 @@ class Setup:
 
     def learning(self, parameters: Parameters) -> int:
         """How many of a rank's parameters are trained."""
-        return parameters.exits if self.config.parallel.tune_exit else parameters.total
+        return parameters.trained(self.config.parallel.tune_exit)
 
     def activations(self) -> Activations:
         """Sizes of one microbatch's tensors."""
@@ -239,11 +239,8 @@ def _with_fillers(setup: Setup) -> Setup:
     p = parallel.pipeline_ranks
     simulated = count if _is_short(count, p, 3 * p) else _few(count, p)
     terms = derive_terms(_schedule(setup, simulated)[0])
-    warmup = len(terms.warmup)
     settled = replace(
-        parallel,
-        num_fill_warmup_microbatches=warmup,
-        num_fill_cooldown_microbatches=simulated - warmup - terms.complete[0],
+        parallel, num_fill_warmup_microbatches=len(terms.warmup), num_fill_cooldown_microbatches=terms.cooldown
     )
     return replace(setup, config=replace(setup.config, parallel=settled))
 

@@ -37,7 +37,7 @@ def training_state(
 
     Weights of 16 bits have fp32 masters; the moments are fp32: two of Adam, one of SGD.
     """
-    count = parameters.exits if tuning else parameters.total
+    count = parameters.trained(tuning)
     own = -(-count // dp) if sharded else count
     masters = 4 if elements < 4 else 0
     exchange = 0

@@ -22,6 +22,10 @@ class Parameters:
         """All that the rank holds."""
         return self.embedding + self.layers + self.exits + self.output + self.copies
 
+    def trained(self, tuning: bool) -> int:
+        """Those that learn: all, or where exits are tuned theirs."""
+        return self.exits if tuning else self.total
+
 
 def rank_parameters(
     model: ModelConfig, exits: ExitConfig, stages: Sequence[StageSpec], padded_vocab_size: int, tp: int = 1

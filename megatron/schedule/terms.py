@@ -33,6 +33,11 @@ class Terms:
     warmup: frozenset[int]
     normalization: Normalization = "unbiased"
 
+    @property
+    def cooldown(self) -> int:
+        """How many microbatches are fillers of the cool-down: complete on the last stage, but not on the first."""
+        return self.complete[-1] - self.complete[0]
+
     def exit_factor(self, stage: int, microbatch: int) -> float:
         """What an exit loss of `microbatch` on `stage` is multiplied by."""
         if self.normalization == "original":

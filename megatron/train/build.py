@@ -1,5 +1,7 @@
 """From a config to a trainer: plain functions, one per part."""
 
+from dataclasses import asdict
+
 import torch
 
 from megatron.checkpoint.together import Together
@@ -184,17 +186,9 @@ def compile_layers(model: GPT) -> None:
 
 def make_tokenizer(config: RunConfig) -> Tokenizer:
     """The tokenizer of the run's flags. Raises ConfigError where none is named."""
-    spec = config.tokenizer
-    if spec.tokenizer_type is None:
+    if config.tokenizer.tokenizer_type is None:
         raise ConfigError("--tokenizer-type is missing: name the tokenizer that made the data")
-    return build_tokenizer(
-        spec.tokenizer_type,
-        tokenizer_model=spec.tokenizer_model,
-        vocab_file=spec.vocab_file,
-        merge_file=spec.merge_file,
-        vocab_size=spec.vocab_size,
-        vocab_extra_ids=spec.vocab_extra_ids,
-    )
+    return build_tokenizer(**asdict(config.tokenizer))
 
 
 def build_scaler(config: RunConfig) -> LossScaler:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron.checkpoint import megatron_legacy, native
 from megatron.checkpoint.find import NATIVE, Found, recognise, recognise_if_any
+from megatron.checkpoint.part import EXITS, HOLDS
 from megatron.checkpoint.run_facts import read_run_facts
 from megatron.checkpoint.snapshot import Snapshot
 from megatron.checkpoint.state import MODEL, OPTIMIZER, PADDING, RunState, copy_into
@@ -182,7 +183,7 @@ def load(trainer: Trainer, found: Found) -> None:
     fresh = flags.finetune or found.release
     with_optimizer = flags.load_optim and not fresh and trainer.optimizer is not None
     targets = state_tensors(trainer, optimizer=with_optimizer)
-    if trainer.tuning and found.format == NATIVE and native.read_facts(found.directory).get("holds") == tuning.EXITS:
+    if trainer.tuning and found.format == NATIVE and native.read_facts(found.directory).get(HOLDS) == EXITS:
         frozen = {name: part for name, part in targets.items() if not tuning.is_of_exits(name)}
         _read(trainer, _backbone(flags, found), frozen, fresh=True)
         targets = {name: part for name, part in targets.items() if name not in frozen}
@@ -219,7 +220,7 @@ def _read(
         _check_same_tokenizer(trainer, about, what)
         if not fresh:
             _say_other_run(trainer.config, from_checkpoint(about["config"]), what)
-        stored = native.tensor_index(found.directory).keys()
+        stored = native.tensor_index(found.directory).keys() if trainer.tuning else ()
         elsewhere |= _without_target(trainer, stored, targets)
         copies = tuning.copies_of_tied_heads(trainer, stored, targets)
         own = {name: part for name, part in targets.items() if name not in copies}

@@ -46,7 +46,7 @@ def splits_backward(parallel: ParallelConfig) -> bool:
 def filling_in_words(parallel: ParallelConfig, plan: Plan) -> str:
     """How many microbatches of a step fill bubbles, and how many were asked for."""
     terms = plan.terms
-    found = (len(terms.warmup), terms.complete[-1] - terms.complete[0])
+    found = (len(terms.warmup), terms.cooldown)
     asked = (parallel.num_fill_warmup_microbatches, parallel.num_fill_cooldown_microbatches)
     kinds = ("warm-up", "cool-down")
     counts = [

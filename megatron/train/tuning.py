@@ -9,6 +9,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
+from megatron.checkpoint.part import EXITS, HOLDS
 from megatron.checkpoint.state import MODEL, OPTIMIZER, PADDING
 from megatron.config.run import RunConfig
 from megatron.logs import get_logger
@@ -18,7 +19,6 @@ log = get_logger(__name__)
 
 _WORD = f"{MODEL}embedding.word.weight"
 _PLACE = re.compile(rf"(?:{MODEL}|{OPTIMIZER}[a-z_]+/)(?:(layers|exits)\.(\d+)\.|(final_norm|output)\.)")
-EXITS = "exits"  # value of the fact "holds" where a checkpoint has the exits alone
 
 
 def untie_heads(config: RunConfig) -> RunConfig:
@@ -71,6 +71,6 @@ def holds(trainer: Trainer) -> dict[str, Any]:
     if not trainer.tuning:
         return {}
     if trainer.config.checkpoint.save_exits_only:
-        return {"holds": EXITS}
+        return {HOLDS: EXITS}
     last = trainer.partition[-1]
-    return {} if last.is_last else {"holds": last.last}
+    return {} if last.is_last else {HOLDS: last.last}

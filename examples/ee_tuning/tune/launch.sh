@@ -22,24 +22,8 @@ case "${1:-}" in
         ;;
 esac
 
-fail() { echo "error: $1" >&2; exit 2; }
-
-needs() {
-    [ -n "${!1:-}" ] || fail "$1 is not set: $2"
-}
-
-whole() {
-    [[ "${!1}" =~ ^[1-9][0-9]*$ ]] || fail "$1 is '${!1}': give a whole number of at least 1"
-}
-
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
-if [ -z "${PYTHON:-}" ]; then
-    [ -x .venv/bin/python ] && PYTHON=.venv/bin/python || PYTHON=python3
-fi
-if [ -z "${GPUS_PER_NODE:-}" ]; then
-    GPUS_PER_NODE=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
-    [ "$GPUS_PER_NODE" -gt 0 ] || GPUS_PER_NODE=8
-fi
+source examples/launch_common.sh
 TP="${TP:-1}" PP="${PP:-4}" MICRO_BATCH="${MICRO_BATCH:-4}" GLOBAL_BATCH="${GLOBAL_BATCH:-16}"
 for name in TP PP STAGES MICRO_BATCH GLOBAL_BATCH GPUS_PER_NODE; do whole "$name"; done
 # of a step of 16 sequences no more ranks can have a microbatch each

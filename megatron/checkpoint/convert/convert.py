@@ -12,6 +12,7 @@ from megatron.checkpoint.convert.exits import NewExits, Position, add_exits, dec
 from megatron.checkpoint.convert.formats import FORMATS, Format
 from megatron.checkpoint.convert.merge import merge_exits
 from megatron.checkpoint.convert.native_source import NativeSource
+from megatron.checkpoint.part import check_whole
 from megatron.checkpoint.state import PADDING
 from megatron.config.data import TokenizerConfig
 from megatron.errors import CheckpointError, ConfigError
@@ -70,7 +71,7 @@ def convert(job: Conversion, begin: Begin) -> Report:
     directory = reader.find(job.load, job.iteration)
     opened = reader.open(directory)
     try:
-        _check_whole(opened, directory)
+        check_whole(opened.facts, directory)
         check_agreement(opened, f"{directory}, by its own config,")
         changed = _with_vocabulary(job, _changed(job, opened))
         carried = moments(changed) if job.target == "native" else {}
@@ -95,16 +96,6 @@ def _changed(job: Conversion, source: Source) -> Source:
     if job.merge is not None:
         return merge_exits(source, NativeSource(FORMATS["native"].find(job.merge, None)))
     return source if job.move is None else move_exits(source, job.move)
-
-
-def _check_whole(source: Source, directory: Path) -> None:
-    """Raises CheckpointError for what a tuning run saved of a model's first stages, or of its exits alone."""
-    if (held := source.facts.get("holds")) is not None:
-        what = "exits alone" if held == "exits" else f"the first {held} layers alone"
-        raise CheckpointError(
-            f"{directory} holds {what}: convert the whole model that it was tuned on (--load-dir), with "
-            "--merge-exits for this one"
-        )
 
 
 def _with_vocabulary(job: Conversion, source: Source) -> Source:

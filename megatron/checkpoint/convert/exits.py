@@ -4,7 +4,7 @@ What new parts start from: the output matrix and the norm of the model's own end
 model's last layer for a block; or values freshly drawn.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -75,7 +75,7 @@ def add_exits(source: Source, new: NewExits) -> Derived:
             tensors[name] = _drawn(name, origin.spec, model, new) if new.random else origin
     if exits.untie_exit_output_weights and not old.untie_exit_output_weights:
         for number in old.exit_layer_nums:  # they get a matrix of their own, equal to what they used
-            tensors |= dict(_head(source, number, "embedding.word.weight"))
+            tensors |= dict(own_head(source, number, "embedding.word.weight"))
     return Derived(source, config, tensors)
 
 
@@ -152,10 +152,6 @@ def _described(norm: str, mlp: bool, block: bool) -> str:
 def _with(old: ExitConfig, new: NewExits, added: list[int]) -> ExitConfig:
     """The config of old and new exits, deepest last; loss weights of the new ones are the defaults."""
     numbers = tuple(sorted({*old.exit_layer_nums, *added}))
-    lists = {}
-    for name in PER_EXIT:
-        known = dict(zip(old.exit_layer_nums, getattr(old, name), strict=False))
-        lists[name] = tuple(known.get(number, _DEFAULTS[name]) for number in numbers) if known else ()
     return replace(
         old,
         exit_layer_nums=numbers,
@@ -164,8 +160,19 @@ def _with(old: ExitConfig, new: NewExits, added: list[int]) -> ExitConfig:
         use_exit_block=new.block,
         pre_exit=old.pre_exit if old.exit_layer_nums else new.position == "pre",
         untie_exit_output_weights=not new.tied,
-        **lists,
+        **per_exit(numbers, old),
     )
+
+
+def per_exit(numbers: Iterable[int], *configs: ExitConfig) -> dict[str, tuple[float, ...]]:
+    """The lists with one value for each exit; of several configs that know one the last counts, else the default."""
+    lists: dict[str, tuple[float, ...]] = {}
+    for name in PER_EXIT:
+        known: dict[int, float] = {}
+        for config in configs:
+            known |= dict(zip(config.exit_layer_nums, getattr(config, name), strict=False))
+        lists[name] = tuple(known.get(number, _DEFAULTS[name]) for number in numbers) if known else ()
+    return lists
 
 
 def _parts(source: Source, number: int, new: NewExits, untied: bool) -> Iterator[tuple[str, Origin]]:
@@ -180,10 +187,11 @@ def _parts(source: Source, number: int, new: NewExits, untied: bool) -> Iterator
                 yield f"exits.{number}.{ours}{name.removeprefix(theirs)}", copy_of(source, name)
     if untied:
         head = "output.weight" if source.config.model.untie_embeddings_and_output_weights else "embedding.word.weight"
-        yield from _head(source, number, head)
+        yield from own_head(source, number, head)
 
 
-def _head(source: Source, number: int, head: str) -> Iterator[tuple[str, Origin]]:
+def own_head(source: Source, number: int, head: str) -> Iterator[tuple[str, Origin]]:
+    """An output matrix for an exit, copied with its padding from the tensor `head`."""
     yield f"exits.{number}.output.weight", copy_of(source, head)
     if head + PADDING in source.specs():
         yield f"exits.{number}.output.weight{PADDING}", copy_of(source, head + PADDING)

@@ -9,10 +9,10 @@ from torch import Tensor
 from megatron.checkpoint import legacy_names as names
 from megatron.checkpoint.convert.base import Source, TensorSpec
 from megatron.checkpoint.convert.derived import Derived, Origin, copy_of, origins
+from megatron.checkpoint.convert.exits import own_head, per_exit
 from megatron.checkpoint.state import PADDING
 from megatron.config.model import ExitConfig
 from megatron.config.rules import check
-from megatron.config.stored import PER_EXIT
 from megatron.errors import ConfigError
 
 _WORD = "embedding.word.weight"
@@ -47,11 +47,7 @@ def merge_exits(base: Source, tuned: Source) -> Derived:
         for number in set(old.exit_layer_nums) - set(
             numbers
         ):  # they get a matrix of their own, equal to what they used
-            tensors |= {
-                name.replace(_WORD, f"exits.{number}.output.weight"): copy_of(base, name)
-                for name in base.specs()
-                if name.startswith(_WORD)
-            }
+            tensors |= dict(own_head(base, number, _WORD))
     return Derived(base, config, tensors)
 
 
@@ -81,14 +77,9 @@ def _check_structure(old: ExitConfig, new: ExitConfig) -> None:
 
 def _union(old: ExitConfig, new: ExitConfig, numbers: list[int]) -> ExitConfig:
     """Loss weights and the like are those of the tuned exits where there are two."""
-    union, lists = tuple(sorted({*old.exit_layer_nums, *numbers})), {}
-    for name, default in zip(PER_EXIT, (1.0, 0.0, 1.0), strict=True):
-        known = {}
-        for exits in (old, new):
-            known |= dict(zip(exits.exit_layer_nums, getattr(exits, name), strict=False))
-        lists[name] = tuple(known.get(number, default) for number in union) if known else ()
+    union = tuple(sorted({*old.exit_layer_nums, *numbers}))
     parts = {name: getattr(new, name) for name in _STRUCTURE}
-    return replace(old, exit_layer_nums=union, untie_exit_output_weights=True, **parts, **lists)
+    return replace(old, exit_layer_nums=union, untie_exit_output_weights=True, **parts, **per_exit(union, old, new))
 
 
 def _exit(base: Source, tuned: Source, number: int) -> Iterator[tuple[str, Origin]]:
